@@ -1,0 +1,136 @@
+"""Which library an array is of, which dtypes it may have, and how a mistake is reported.
+
+Only metadata is looked at: nothing here ever reads the values of a device array.
+"""
+
+import sys
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+Pair = int | tuple[int, int]
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+INT32_MAX = 2**31 - 1
+
+
+def array_module(array: Array) -> ModuleType:
+    """The library of an array. cupy is found through ``sys.modules``: it is never imported here."""
+    cupy = sys.modules.get("cupy")
+    return cupy if cupy is not None and isinstance(array, cupy.ndarray) else np
+
+
+def check_library(function: str, arrays: Mapping[str, Array | None]) -> ModuleType:
+    """The one library, and the one device, that all ``arrays`` are of."""
+    given = {name: array for name, array in arrays.items() if array is not None}
+    modules = {}
+    for name, array in given.items():
+        modules[name] = xp = array_module(array)
+        if not isinstance(array, xp.ndarray):
+            raise TypeError(
+                f"{function}: {name} is {type(array).__name__}, expected a numpy or cupy array"
+            )
+    first = next(iter(given))
+    for name, xp in modules.items():
+        if xp is not modules[first]:
+            raise TypeError(
+                f"{function}: {name} is a {xp.__name__} array, expected {modules[first].__name__} "
+                f"as {first} is"
+            )
+        if xp is not np and given[name].device != given[first].device:
+            raise ValueError(
+                f"{function}: {name} is on {given[name].device}, expected {given[first].device} "
+                f"where {first} is"
+            )
+    return modules[first]
+
+
+def check_dtypes(
+    function: str, data: Mapping[str, Array | None], real: Mapping[str, Array | None]
+) -> None:
+    """``data`` share one floating dtype; ``real`` (positions, masks) have it, float32 or float64."""
+    dtype = next(iter(data.values())).dtype
+    for name, array in data.items():
+        if array is None:
+            continue
+        if array.dtype.name not in FLOATS or not array.dtype.isnative:
+            raise TypeError(
+                f"{function}: {name} has dtype {array.dtype}, expected one of {', '.join(FLOATS)}"
+            )
+        if array.dtype != dtype:
+            raise TypeError(
+                f"{function}: {name} has dtype {array.dtype}, expected {dtype} as {next(iter(data))}"
+            )
+    for name, array in real.items():
+        if array is None:
+            continue
+        allowed = dict.fromkeys((dtype.name, "float32", "float64"))
+        if array.dtype.name not in allowed or not array.dtype.isnative:
+            raise TypeError(
+                f"{function}: {name} has dtype {array.dtype}, expected {' or '.join(allowed)}"
+            )
+
+
+def check_shape(
+    function: str, name: str, array: Array | None, expected: tuple[int | str, ...]
+) -> None:
+    """Raise unless ``array`` is None or has this shape; a string stands for any size."""
+    if array is None:
+        return
+    fits = len(array.shape) == len(expected) and all(
+        isinstance(want, str) or have == want
+        for have, want in zip(array.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "")
+        raise ValueError(f"{function}: {name} has shape {array.shape}, expected ({wanted})")
+
+
+def check_wrt(function: str, wrt: Iterable[str] | None, fields: tuple[str, ...]) -> frozenset[str]:
+    """The gradients to compute: all of ``fields``, or those that ``wrt`` names."""
+    if wrt is None:
+        return frozenset(fields)
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    for name in names:
+        if name not in fields:
+            raise ValueError(f"{function}: wrt has {name!r}, expected some of {', '.join(fields)}")
+    return frozenset(names)
+
+
+def pair(function: str, name: str, value: Pair, least: int) -> tuple[int, int]:
+    """``value`` as (height, width), both integers of at least ``least``."""
+    both = tuple(value) if isinstance(value, Iterable) else (value, value)
+    if len(both) != 2 or not all(
+        isinstance(v, int | np.integer) and not isinstance(v, bool) for v in both
+    ):
+        raise TypeError(f"{function}: {name} is {value!r}, expected an int or a pair of ints")
+    if min(both) < least or max(both) > INT32_MAX:
+        raise ValueError(f"{function}: {name} is {value!r}, expected at least {least}")
+    return int(both[0]), int(both[1])
+
+
+def real_number(function: str, name: str, value: float) -> float:
+    """``value`` as a finite Python float."""
+    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
+        raise TypeError(f"{function}: {name} is {value!r}, expected a number")
+    if not np.isfinite(value):
+        raise ValueError(f"{function}: {name} is {value!r}, expected a finite number")
+    return float(value)
+
+
+def compute_dtype(dtype: np.dtype) -> np.dtype:
+    """What positions, weights and sums are computed in: float32 at least."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def channels_last(x: Array, dtype: np.dtype) -> Array:
+    """The (N, C, H, W) image as a contiguous (N, H, W, C) array; no copy if it lies so already."""
+    return array_module(x).ascontiguousarray(x.transpose(0, 2, 3, 1), dtype=dtype)
+
+
+def channels_first(x: Array) -> Array:
+    """The (N, H, W, C) array seen as (N, C, H, W): a view."""
+    return x.transpose(0, 3, 1, 2)

@@ -1,0 +1,203 @@
+"""From a .cu file to a running kernel: the only place that compiles, launches or calls cuBLAS.
+
+cupy is imported inside of the functions, which only run for cupy arrays.
+"""
+
+import contextlib
+import contextvars
+import functools
+import re
+from collections.abc import Iterator
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from deformable._array import Array
+
+CTYPE = {
+    "float16": "__half",
+    "bfloat16": "__nv_bfloat16",
+    "float32": "float",
+    "float64": "double",
+}
+THREADS = 256
+
+_precision = contextvars.ContextVar("float32_precision", default="highest")
+
+
+@contextlib.contextmanager
+def float32_precision(precision: str) -> Iterator[None]:
+    """What float32 products may be computed in on a GPU, within a ``with`` block.
+
+    Parameters
+    ----------
+    precision : {"highest", "high"}
+        ``"highest"``, the default, keeps float32; ``"high"`` lets tensor cores round the factors
+        to TF32 (10 bits of mantissa; sums stay float32). On the CPU it changes nothing.
+
+    Raises
+    ------
+    ValueError
+        Any other word.
+
+    Examples
+    --------
+    >>> import deformable
+    >>> with deformable.float32_precision("high"):
+    ...     pass  # calls on float32 cupy arrays may use TF32 here
+    """
+    if precision not in ("highest", "high"):
+        raise ValueError(
+            f"float32_precision: precision is {precision!r}, expected 'highest' or 'high'"
+        )
+    token = _precision.set(precision)
+    try:
+        yield
+    finally:
+        _precision.reset(token)
+
+
+# ---- compiling
+
+
+@functools.cache
+def source(file: str) -> str:
+    """A kernel file with the project's own headers spliced in, each once.
+
+    cupy caches compiled kernels by their text: it does not see a header on an include path.
+    """
+    seen: set[str] = set()
+
+    def splice(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = resources.files("deformable").joinpath("cuda", name).read_text("utf-8")
+        lines = []
+        for number, line in enumerate(text.splitlines(), 1):
+            include = re.fullmatch(r'#include "(.+)"', line)
+            lines.append(f'{splice(include[1])}#line {number + 1} "{name}"' if include else line)
+        return "\n".join([f'#line 1 "{name}"', *lines, ""])
+
+    return splice(file)
+
+
+@functools.cache
+def _kernel(file: str, name: str, options: tuple[str, ...], device: int) -> Any:
+    import cupy
+
+    return cupy.RawModule(code=source(file), options=options).get_function(name)
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def struct(geometry: tuple) -> np.ndarray:
+    """A NamedTuple of ints and floats as a C struct of the same fields, to be passed by value."""
+    ctypes = [(f, np.float64 if isinstance(v, float) else np.int32) for f, v in
+              zip(geometry._fields, geometry, strict=True)]  # fmt: skip
+    return np.array(tuple(geometry), np.dtype(ctypes, align=True))
+
+
+def launch(
+    file: str,
+    name: str,
+    grid: tuple[int, ...],
+    block: tuple[int, ...],
+    *args: Any,
+    shared: int = 0,
+    **defines: Any,
+) -> None:
+    """Run kernel ``name`` of ``cuda/file``, compiled for these macros, on the current stream.
+
+    An argument is a C-contiguous array, None (a null pointer), a NamedTuple (a struct by value)
+    or an int (``long long``). A macro that is a dtype becomes its C type.
+    """
+    import cupy
+
+    options = tuple(
+        f"-D{key}={CTYPE[value.name] if isinstance(value, np.dtype) else value}"
+        for key, value in sorted(defines.items())
+    )
+    kernel = _kernel(file, name, options, cupy.cuda.runtime.getDevice())
+    if shared > 48 << 10:
+        kernel.max_dynamic_shared_size_bytes = shared
+    values = tuple(
+        struct(a) if isinstance(a, tuple) else np.int64(a) if isinstance(a, int) else a
+        for a in args
+    )
+    kernel(grid, block, values, shared_mem=shared)
+
+
+def launch_rows(file: str, name: str, rows: int, width: int, *args: Any, **defines: Any) -> None:
+    """Launch ``name`` with a thread row (threadIdx.y) per row of work.
+
+    The lanes (threadIdx.x) of a thread row go through its ``width`` steps; they are a power of
+    two, so that a thread row never straddles a warp.
+    """
+    if rows == 0:
+        return
+    lanes = min(32, 1 << (width - 1).bit_length())
+    per_block = THREADS // lanes
+    grid = -(-rows // per_block)
+    launch(file, name, (grid,), (lanes, per_block), *args, **defines)
+
+
+def vector_width(depth: int, *arrays: Array) -> int:
+    """How many neighbouring channels one load can take: at most 16 bytes, aligned, dividing depth."""
+    width = 16 // max(a.dtype.itemsize for a in arrays)
+    while depth % width or any(a.data.ptr % (width * a.dtype.itemsize) for a in arrays):
+        width //= 2
+    return width
+
+
+# ---- matrix products
+
+
+def gemm(a: Array, b: Array, out: Array, accumulate: bool = False) -> None:
+    """``out = a @ b`` or ``out += a @ b`` for batches (B, M, K) @ (B, K, N), by cuBLAS.
+
+    ``a`` and ``b`` share a dtype; sums are float32 at least, also in half precision. ``out`` has
+    that dtype or the one of the sums. Every matrix has unit stride along one of its axes,
+    ``out`` along the last one.
+    """
+    from cupy.cuda import cublas, device, runtime
+
+    if out.size == 0:
+        return
+    batch, m, k = a.shape
+    n = b.shape[2]
+    types = {
+        "float16": runtime.CUDA_R_16F,
+        "bfloat16": runtime.CUDA_R_16BF,
+        "float32": runtime.CUDA_R_32F,
+        "float64": runtime.CUDA_R_64F,
+    }
+    if a.dtype == np.float64:
+        compute, scalar = cublas.CUBLAS_COMPUTE_64F, np.float64
+    elif a.dtype == np.float32 and _precision.get() == "high":
+        compute, scalar = cublas.CUBLAS_COMPUTE_32F_FAST_TF32, np.float32
+    else:
+        compute, scalar = cublas.CUBLAS_COMPUTE_32F, np.float32
+    alpha, beta = np.array(1, scalar), np.array(accumulate, scalar)
+    # cuBLAS counts columns first: it computes outᵀ = bᵀ aᵀ
+    op_a, step_a = _operand(a)
+    op_b, step_b = _operand(b)
+    cublas.gemmStridedBatchedEx(
+        device.get_cublas_handle(), op_b, op_a, n, m, k, alpha.ctypes.data,
+        b.data.ptr, types[b.dtype.name], step_b, b.strides[0] // b.itemsize,
+        a.data.ptr, types[a.dtype.name], step_a, a.strides[0] // a.itemsize,
+        beta.ctypes.data,
+        out.data.ptr, types[out.dtype.name], _operand(out)[1], out.strides[0] // out.itemsize,
+        batch, compute, cublas.CUBLAS_GEMM_DEFAULT,
+    )  # fmt: skip
+
+
+def _operand(matrices: Array) -> tuple[int, int]:
+    """How cuBLAS reads row-major (B, M, N) ``matrices``: as they are or transposed, and the step."""
+    from cupy.cuda import cublas
+
+    _, rows, columns = matrices.shape
+    _, row_step, column_step = (s // matrices.itemsize for s in matrices.strides)
+    if column_step == 1 or columns == 1:
+        return cublas.CUBLAS_OP_N, max(row_step, columns)
+    return cublas.CUBLAS_OP_T, max(column_step, rows)

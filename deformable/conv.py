@@ -1,0 +1,459 @@
+"""Plain two-dimensional convolution, as the layers need it: columns times weights.
+
+    y[n, o, p] = bias[o] + Σ_{c,t} weight[o, c, t] · x[n, c, p·stride − padding + t·dilation]
+
+``deform_conv`` shares the geometry, the blocks and the products with the weights; the two
+operators differ only in where the columns look.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from deformable import _cuda
+from deformable._array import (
+    INT32_MAX,
+    Array,
+    Pair,
+    array_module,
+    channels_first,
+    channels_last,
+    check_dtypes,
+    check_library,
+    check_shape,
+    check_wrt,
+    compute_dtype,
+    pair,
+)
+
+BLOCK_BYTES = 2 << 20  # of columns alive on the CPU: about what the caches of a core hold
+CHUNK_BYTES = 32 << 20  # of columns alive on a GPU: they stay in its L2 cache
+
+
+class ConvGeometry(NamedTuple):
+    """All sizes of a convolution; kernels get it by value as the struct of the same fields."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    out_channels: int
+    out_height: int
+    out_width: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dilation_h: int
+    dilation_w: int
+    groups: int
+    offset_groups: int
+
+    @property
+    def taps(self) -> int:
+        return self.kernel_h * self.kernel_w
+
+    @property
+    def positions(self) -> int:
+        """Output positions of one image."""
+        return self.out_height * self.out_width
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.out_channels, self.out_height, self.out_width
+
+
+class Conv2dGradients(NamedTuple):
+    """Gradients of :func:`conv2d`."""
+
+    x: Array | None
+    weight: Array | None
+    bias: Array | None
+
+
+def conv2d(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+) -> Array:
+    """Two-dimensional convolution (cross-correlation) with zeros around the image.
+
+    Parameters
+    ----------
+    x : (N, C, H, W) array
+        Images: float16, bfloat16, float32 or float64, of numpy or cupy, in any memory order.
+    weight : (O, C // groups, kh, kw) array
+        Kernel, of the dtype of `x`.
+    bias : (O,) array, optional
+        Added to every position, of the dtype of `x`.
+    stride, padding, dilation : int or (height, width)
+        Step between output positions, zeros on every side, step between taps, in input pixels.
+    groups : int
+        Channels and output channels are split into this many independent convolutions.
+
+    Returns
+    -------
+    (N, O, Ho, Wo) array
+        Ho = (H + 2 padding − (dilation (kh − 1) + 1)) // stride + 1. It lies channels-last in
+        memory. Sums are computed in float32 at least.
+
+    Raises
+    ------
+    TypeError
+        Arrays of different libraries, dtypes that differ or are none of the four.
+    ValueError
+        Shapes that do not fit, an empty output, arrays on different devices.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.arange(9.0).reshape(1, 1, 3, 3)
+    >>> conv2d(x, np.ones((1, 1, 2, 2)))
+    array([[[[ 8., 12.],
+             [20., 24.]]]])
+    """
+    g, xp = _check("conv2d", x, weight, bias, stride, padding, dilation, groups)
+    run = _numpy_forward if xp is np else _cuda_forward
+    return run(g, x, weight, bias)
+
+
+def conv2d_backward(
+    grad_y: Array,
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    wrt: Iterable[str] | None = None,
+) -> Conv2dGradients:
+    """Gradients of :func:`conv2d` with respect to its arrays.
+
+    Parameters
+    ----------
+    grad_y : (N, O, Ho, Wo) array
+        Gradient of the result: of the dtype of `x`, float32 or float64.
+    x, weight, bias, stride, padding, dilation, groups
+        As given to :func:`conv2d`.
+    wrt : iterable of str, optional
+        Names of the gradients to compute, of ``x``, ``weight``, ``bias``; all by default.
+
+    Returns
+    -------
+    Conv2dGradients
+        Fields ``x``, ``weight``, ``bias``; None where not asked for or where the argument was
+        None. Bitwise reproducible.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`conv2d`, and where `grad_y` or `wrt` do not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.arange(9.0).reshape(1, 1, 3, 3)
+    >>> grads = conv2d_backward(np.ones((1, 1, 2, 2)), x, np.ones((1, 1, 2, 2)))
+    >>> grads.x
+    array([[[[1., 2., 1.],
+             [2., 4., 2.],
+             [1., 2., 1.]]]])
+    """
+    name = "conv2d_backward"
+    g, xp = _check(name, x, weight, bias, stride, padding, dilation, groups, grad_y)
+    wanted = check_wrt(name, wrt, Conv2dGradients._fields)
+    run = _numpy_backward if xp is np else _cuda_backward
+    return run(g, grad_y, x, weight, wanted if bias is not None else wanted - {"bias"})
+
+
+def _check(function, x, weight, bias, stride, padding, dilation, groups, grad_y=None):
+    arrays = {"x": x, "weight": weight, "bias": bias}
+    xp = check_library(function, {**arrays, "grad_y": grad_y})
+    check_dtypes(function, arrays, {"grad_y": grad_y})
+    (groups, _) = pair(function, "groups", groups, 1)
+    g = conv_geometry(function, x, weight, bias, stride, padding, dilation, groups)
+    check_shape(function, "grad_y", grad_y, g.out_shape)
+    return g, xp
+
+
+def conv_geometry(
+    function: str,
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int | None = None,
+) -> ConvGeometry:
+    """The sizes of a convolution, checked; ``groups`` is inferred from the shapes if None."""
+    stride_h, stride_w = pair(function, "stride", stride, 1)
+    pad_h, pad_w = pair(function, "padding", padding, 0)
+    dilation_h, dilation_w = pair(function, "dilation", dilation, 1)
+    check_shape(function, "x", x, ("N", "C", "H", "W"))
+    check_shape(function, "weight", weight, ("O", "C // groups", "kh", "kw"))
+    n, c, h, w = x.shape
+    o, group_channels, kernel_h, kernel_w = weight.shape
+    if min(c, o, group_channels, kernel_h, kernel_w) < 1:
+        raise ValueError(
+            f"{function}: x has shape {x.shape} and weight {weight.shape}, expected at least one "
+            f"channel, output channel and tap"
+        )
+    if groups is None:
+        groups = c // group_channels
+    if groups < 1 or groups * group_channels != c:
+        raise ValueError(
+            f"{function}: weight has shape {weight.shape}, expected (O, C // groups, kh, kw) with "
+            f"the {c} channels of x"
+        )
+    if o % groups:
+        raise ValueError(
+            f"{function}: weight has shape {weight.shape}, expected its first size to be "
+            f"divisible by groups = {groups}"
+        )
+    check_shape(function, "bias", bias, (o,))
+    out_height = (h + 2 * pad_h - (dilation_h * (kernel_h - 1) + 1)) // stride_h + 1
+    out_width = (w + 2 * pad_w - (dilation_w * (kernel_w - 1) + 1)) // stride_w + 1
+    if min(out_height, out_width) < 1:
+        raise ValueError(
+            f"{function}: x has shape {x.shape}, expected an image that the kernel fits in "
+            f"(the output would be {out_height} x {out_width})"
+        )
+    if max(h + 2 * pad_h, w + 2 * pad_w) > INT32_MAX:
+        raise ValueError(f"{function}: padding is {padding!r}, expected a padded side below 2^31")
+    return ConvGeometry(
+        batch=n, channels=c, height=h, width=w,
+        out_channels=o, out_height=out_height, out_width=out_width,
+        kernel_h=kernel_h, kernel_w=kernel_w, stride_h=stride_h, stride_w=stride_w,
+        pad_h=pad_h, pad_w=pad_w, dilation_h=dilation_h, dilation_w=dilation_w,
+        groups=groups, offset_groups=1,
+    )  # fmt: skip
+
+
+# ---- columns times weights: what every convolution of the library is
+
+
+def pack_weight(weight: Array, g: ConvGeometry, dtype: np.dtype) -> Array:
+    """The weights as (groups, taps · channels, output channels), in the order of the columns."""
+    split = weight.reshape(
+        g.groups, g.out_channels // g.groups, g.channels // g.groups, g.taps
+    ).transpose(0, 3, 2, 1)
+    return split.astype(dtype).reshape(
+        g.groups, g.taps * (g.channels // g.groups), g.out_channels // g.groups
+    )
+
+
+def unpack_weight(packed: Array, g: ConvGeometry, dtype: np.dtype) -> Array:
+    """The inverse of :func:`pack_weight`."""
+    split = packed.reshape(
+        g.groups, g.taps, g.channels // g.groups, g.out_channels // g.groups
+    ).transpose(0, 3, 2, 1)
+    return split.astype(dtype, order="C").reshape(
+        g.out_channels, g.channels // g.groups, g.kernel_h, g.kernel_w
+    )
+
+
+def by_group(rows: Array, g: ConvGeometry) -> Array:
+    """Output rows (M, O) seen as (groups, M, O // groups): a view."""
+    return rows.reshape(len(rows), g.groups, g.out_channels // g.groups).transpose(1, 0, 2)
+
+
+def image_rows(rows: Array, g: ConvGeometry) -> Array:
+    """Output rows (N · Ho · Wo, O) seen as the image (N, O, Ho, Wo)."""
+    return channels_first(rows.reshape(g.batch, g.out_height, g.out_width, g.out_channels))
+
+
+def gradient_rows(grad_y: Array, g: ConvGeometry, dtype: np.dtype) -> Array:
+    """The image (N, O, Ho, Wo) as output rows (N · Ho · Wo, O)."""
+    return channels_last(grad_y, dtype).reshape(g.batch * g.positions, g.out_channels)
+
+
+def _gradients(g, x, wanted, grad_image, grad_packed, grad_rows):
+    """The wanted gradients in the dtype of ``x``."""
+    sums = compute_dtype(x.dtype)
+    return Conv2dGradients(
+        x=channels_first(grad_image.astype(x.dtype)) if "x" in wanted else None,
+        weight=unpack_weight(grad_packed, g, x.dtype) if "weight" in wanted else None,
+        bias=grad_rows.sum(axis=0, dtype=sums).astype(x.dtype) if "bias" in wanted else None,
+    )
+
+
+# ---- NumPy
+
+
+def blocks(g: ConvGeometry, itemsize: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices of images, of their output rows, and of the positions (N · Ho · Wo) that these are.
+
+    A block is several small images or some rows of a large one; its columns take about
+    ``BLOCK_BYTES``.
+    """
+    line = g.out_width * g.taps * g.channels * itemsize
+    lines = min(g.out_height, max(1, BLOCK_BYTES // line))
+    images = max(1, BLOCK_BYTES // (line * g.out_height))
+    for n in range(0, g.batch, images):
+        last = min(n + images, g.batch)
+        for r in range(0, g.out_height, lines):
+            end = min(r + lines, g.out_height)
+            first = (n * g.out_height + r) * g.out_width
+            count = (last - n) * (end - r) * g.out_width
+            yield slice(n, last), slice(r, end), slice(first, first + count)
+
+
+def columns_by_group(columns: np.ndarray, g: ConvGeometry) -> np.ndarray:
+    """Columns (M, taps · channels) as (groups, M, taps · channels // groups)."""
+    m, depth = len(columns), g.channels // g.groups
+    split = columns.reshape(m, g.taps, g.groups, depth).transpose(2, 0, 1, 3)
+    return split.reshape(g.groups, m, g.taps * depth)
+
+
+def columns_from_groups(columns: np.ndarray, g: ConvGeometry) -> np.ndarray:
+    """The inverse of :func:`columns_by_group`."""
+    m, depth = columns.shape[1], g.channels // g.groups
+    split = columns.reshape(g.groups, m, g.taps, depth).transpose(1, 2, 0, 3)
+    return split.reshape(m, g.taps * g.channels)
+
+
+def _inside(padded: np.ndarray, g: ConvGeometry) -> np.ndarray:
+    """The (N, H, W, C) image within its padding: a view."""
+    return padded[:, g.pad_h : g.pad_h + g.height, g.pad_w : g.pad_w + g.width]
+
+
+def _padding(g: ConvGeometry, dtype: np.dtype) -> np.ndarray:
+    height, width = g.height + 2 * g.pad_h, g.width + 2 * g.pad_w
+    return np.zeros((g.batch, height, width, g.channels), dtype)
+
+
+def _windows(padded: np.ndarray, g: ConvGeometry) -> np.ndarray:
+    """What every tap sees at every position, (N, Ho, Wo, kh, kw, C): a view."""
+    extent = (g.dilation_h * (g.kernel_h - 1) + 1, g.dilation_w * (g.kernel_w - 1) + 1)
+    windows = sliding_window_view(padded, extent, axis=(1, 2), writeable=True)
+    windows = windows[:, :: g.stride_h, :: g.stride_w, :, :: g.dilation_h, :: g.dilation_w]
+    return windows.transpose(0, 1, 2, 4, 5, 3)
+
+
+@np.errstate(all="ignore")
+def _numpy_forward(g, x, weight, bias):
+    dtype = compute_dtype(x.dtype)
+    padded = _padding(g, dtype)
+    _inside(padded, g)[...] = x.transpose(0, 2, 3, 1)
+    windows = _windows(padded, g)
+    packed = pack_weight(weight, g, dtype)
+    y = np.empty((g.batch * g.positions, g.out_channels), dtype)
+    for images, lines, positions in blocks(g, dtype.itemsize):
+        out = y[positions]
+        columns = windows[images, lines].reshape(len(out), g.taps * g.channels)
+        np.matmul(columns_by_group(columns, g), packed, out=by_group(out, g))
+    if bias is not None:
+        y += bias.astype(dtype)
+    return image_rows(y.astype(x.dtype, copy=False), g)
+
+
+@np.errstate(all="ignore")
+def _numpy_backward(g, grad_y, x, weight, wanted):
+    dtype = compute_dtype(x.dtype)
+    grad = gradient_rows(grad_y, g, dtype)
+    packed = pack_weight(weight, g, dtype)
+    padded, grad_padded = _padding(g, dtype), _padding(g, dtype)
+    _inside(padded, g)[...] = x.transpose(0, 2, 3, 1)
+    windows, grad_windows = _windows(padded, g), _windows(grad_padded, g)
+    grad_packed = np.zeros_like(packed)
+    for images, lines, positions in blocks(g, dtype.itemsize):
+        grad_out = by_group(grad[positions], g)
+        seen, grad_seen = windows[images, lines], grad_windows[images, lines]
+        if "weight" in wanted:
+            columns = seen.reshape(grad_out.shape[1], g.taps * g.channels)
+            grad_packed += columns_by_group(columns, g).transpose(0, 2, 1) @ grad_out
+        if "x" in wanted:
+            grad_columns = columns_from_groups(grad_out @ packed.transpose(0, 2, 1), g)
+            grad_columns = grad_columns.reshape(seen.shape)
+            for i, j in np.ndindex(g.kernel_h, g.kernel_w):
+                # windows overlap, but those of one tap never do
+                grad_seen[:, :, :, i, j] += grad_columns[:, :, :, i, j]
+    return _gradients(g, x, wanted, _inside(grad_padded, g), grad_packed, grad)
+
+
+# ---- CUDA: cuda/conv.cu
+
+
+def chunks(g: ConvGeometry, itemsize: int) -> Iterator[tuple[int, int]]:
+    """Ranges (first, count) of the N · Ho · Wo positions; their columns take ``CHUNK_BYTES``."""
+    total = g.batch * g.positions
+    step = max(1, CHUNK_BYTES // (g.taps * g.channels * itemsize))
+    for first in range(0, total, step):
+        yield first, min(step, total - first)
+
+
+def empty_columns(g: ConvGeometry, count: int, like: Array) -> Array:
+    """Room for the columns of ``count`` positions: (groups, count, taps · channels // groups)."""
+    shape = (g.groups, count, g.taps * (g.channels // g.groups))
+    return array_module(like).empty(shape, like.dtype)
+
+
+def index_type(g: ConvGeometry) -> str:
+    """The C type that counts pixels and positions."""
+    most = g.batch * max(g.height * g.width, g.positions)
+    return "int" if most <= INT32_MAX else "int64"
+
+
+def _cuda_forward(g, x, weight, bias):
+    with x.device:
+        image = channels_last(x, x.dtype)
+        packed = pack_weight(weight, g, x.dtype)
+        y = array_module(x).empty((g.batch * g.positions, g.out_channels), x.dtype)
+        for first, count in chunks(g, x.dtype.itemsize):
+            columns = _im2col(g, image, first, count)
+            _cuda.gemm(columns, packed, out=by_group(y[first : first + count], g))
+        if bias is not None:
+            y += bias
+        return image_rows(y, g)
+
+
+def _cuda_backward(g, grad_y, x, weight, wanted):
+    with x.device:
+        xp, dtype = array_module(x), compute_dtype(x.dtype)
+        image = channels_last(x, x.dtype)
+        grad = gradient_rows(grad_y, g, x.dtype)
+        packed = pack_weight(weight, g, x.dtype)
+        grad_packed = xp.zeros(packed.shape, dtype)
+        grad_image = xp.zeros(image.shape, dtype) if "x" in wanted else None
+        for first, count in chunks(g, x.dtype.itemsize):
+            grad_out = by_group(grad[first : first + count], g)
+            if "weight" in wanted:
+                columns = _im2col(g, image, first, count)
+                _cuda.gemm(columns.transpose(0, 2, 1), grad_out, grad_packed, accumulate=True)
+            if "x" in wanted:
+                grad_columns = empty_columns(g, count, like=image)
+                _cuda.gemm(grad_out, packed.transpose(0, 2, 1), out=grad_columns)
+                _col2im(g, grad_columns, grad_image, first, count)
+        return _gradients(g, x, wanted, grad_image, grad_packed, grad)
+
+
+def _im2col(g, image, first, count):
+    columns = empty_columns(g, count, like=image)
+    vec = _cuda.vector_width(g.channels // g.groups, image)
+    _cuda.launch_rows(
+        "conv.cu", "im2col", count * g.taps, g.channels // vec,
+        image, columns, g, first, count,
+        DTYPE=image.dtype, VEC=vec, INDEX=index_type(g),
+    )  # fmt: skip
+    return columns
+
+
+def _col2im(g, grad_columns, grad_image, first, count):
+    images = range(first // g.positions, (first + count - 1) // g.positions + 1)
+    vec = _cuda.vector_width(g.channels // g.groups, grad_columns)
+    _cuda.launch_rows(
+        "conv.cu", "col2im", len(images) * g.height * g.width, g.channels // vec,
+        grad_columns, grad_image[images.start : images.stop], g,
+        len(images), images.start, first, count,
+        DTYPE=grad_columns.dtype, VEC=vec, INDEX=index_type(g),
+    )  # fmt: skip

@@ -1,0 +1,38 @@
+// Geometry of a convolution and the layout of its columns: twin of ConvGeometry in conv.py.
+#pragma once
+#include "vector.cuh"
+
+struct ConvGeometry {
+  int batch, channels, height, width;
+  int out_channels, out_height, out_width;
+  int kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int groups, offset_groups;
+
+  __device__ int taps() const { return kernel_h * kernel_w; }
+  __device__ index_t positions() const { return static_cast<index_t>(out_height) * out_width; }
+};
+
+// Where a tap of the regular grid lies, in pixels of its image.
+struct Tap {
+  index_t image;
+  int y, x;
+};
+
+__device__ __forceinline__ Tap regular_tap(const ConvGeometry& g, index_t position, int tap) {
+  const index_t image = position / g.positions();
+  const index_t rest = position - image * g.positions();
+  const int out_y = static_cast<int>(rest / g.out_width);
+  const int out_x = static_cast<int>(rest - static_cast<index_t>(out_y) * g.out_width);
+  const int i = tap / g.kernel_w, j = tap - i * g.kernel_w;
+  return {image, out_y * g.stride_h - g.pad_h + i * g.dilation_h,
+          out_x * g.stride_w - g.pad_w + j * g.dilation_w};
+}
+
+// Columns lie as (groups, count, taps, channels / groups): a matrix per group of weights.
+__device__ __forceinline__ int64 column_offset(const ConvGeometry& g, index_t count, index_t position,
+                                               int tap, int channel) {
+  const int depth = g.channels / g.groups;
+  const int group = g.groups == 1 ? 0 : channel / depth;
+  const int64 row = (static_cast<int64>(group) * count + position) * g.taps() + tap;
+  return row * depth + (channel - group * depth);
+}
