@@ -47,13 +47,18 @@ def split(position: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 class Samples(NamedTuple):
     """Where a block of sampling positions looks; all arrays are flat, in the order of the rows."""
 
-    corner: np.ndarray  # row of ``image`` that holds the upper left corner
-    steps: tuple[int, int, int, int]  # from there to the four corners 00, 01, 10, 11
+    first: int  # the first row of the image that any of them sees
+    corner: np.ndarray  # the row, counted from there, of the upper left corner
+    steps: tuple[int, int, int, int]  # from that to the four corners 00, 01, 10, 11
     ly: np.ndarray
     lx: np.ndarray
 
-    def matrix(self, scale: np.ndarray | None, image: np.ndarray) -> csr_array:
-        """S: four weights per row, multiplied by ``scale``, for the (pixels, C) ``image``."""
+    def seen(self, image: np.ndarray) -> np.ndarray:
+        """The band of rows of ``image`` that these samples see: a view."""
+        return image[self.first : self.first + int(self.corner.max()) + self.steps[3] + 1]
+
+    def matrix(self, scale: np.ndarray | None, seen: np.ndarray) -> csr_array:
+        """S: four weights per row, multiplied by ``scale``, acting on the rows ``seen``."""
         rows = len(self.ly)
         weight = np.empty((rows, 4), self.ly.dtype)
         bottom = self.ly if scale is None else self.ly * scale
@@ -66,27 +71,27 @@ class Samples(NamedTuple):
         for j, step in enumerate(self.steps):
             np.add(self.corner, step, out=index[:, j])
         start = np.arange(0, 4 * rows + 1, 4, dtype=index.dtype)
-        return csr_array((weight.ravel(), index.ravel(), start), shape=(rows, len(image)))
+        return csr_array((weight.ravel(), index.ravel(), start), shape=(rows, len(seen)))
 
-    def corner_dots(self, image: np.ndarray, grad: np.ndarray) -> tuple[np.ndarray, ...]:
-        """<image row of the corner, grad row> for the four corners: (rows,) each."""
-        ones = np.ones(image.shape[1], image.dtype)
+    def corner_dots(self, seen: np.ndarray, grad: np.ndarray) -> tuple[np.ndarray, ...]:
+        """<pixel of the corner, gradient of the sample> for the four corners: (rows,) each."""
+        ones = np.ones(seen.shape[1], seen.dtype)
         taken = np.empty_like(grad)
 
         def dot(step: int) -> np.ndarray:
-            image.take(self.corner + step, axis=0, out=taken, mode="clip")
+            seen.take(self.corner + step, axis=0, out=taken, mode="clip")
             return np.multiply(taken, grad, out=taken) @ ones
 
         return tuple(dot(step) for step in self.steps)
 
     def gradients(
-        self, image: np.ndarray, grad: np.ndarray, scale: np.ndarray | None
+        self, seen: np.ndarray, grad: np.ndarray, scale: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Gradients of the positions y and x and of ``scale``, given those of the samples.
 
         With the corner dots a b / c d the value is a + lx(b - a) + ly(c - a) + ly·lx(a - b - c + d).
         """
-        a, b, c, d = self.corner_dots(image, grad)
+        a, b, c, d = self.corner_dots(seen, grad)
         b -= a
         d -= c
         c -= a
@@ -122,4 +127,7 @@ def locate(y: np.ndarray, x: np.ndarray, height: int, width: int, groups: int) -
         first = np.arange(0, size, rows * columns * groups, dtype=corner.dtype)
         corner += first.reshape(images, *[1] * (corner.ndim - 1))
     steps = (0, groups, columns * groups, (columns + 1) * groups)
-    return Samples(corner.ravel(), steps, ly.ravel(), lx.ravel())
+    corner = corner.ravel()
+    first = int(corner.min())
+    corner -= first
+    return Samples(first, corner, steps, ly.ravel(), lx.ravel())

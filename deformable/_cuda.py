@@ -131,15 +131,17 @@ def launch(
 def launch_rows(file: str, name: str, rows: int, width: int, *args: Any, **defines: Any) -> None:
     """Launch ``name`` with a thread row (threadIdx.y) per row of work.
 
-    The lanes (threadIdx.x) of a thread row go through its ``width`` steps; they are a power of
+    The lanes (threadIdx.x) of a thread row go through its ``width`` steps. They are a power of
     two, so that a thread row never straddles a warp.
     """
-    if rows == 0:
-        return
+    lanes, per_block = row_block(width)
+    launch(file, name, (-(-rows // per_block),), (lanes, per_block), *args, **defines)
+
+
+def row_block(width: int) -> tuple[int, int]:
+    """Block of threads for rows of ``width`` steps: lanes and thread rows, a power of 2 each."""
     lanes = min(32, 1 << (width - 1).bit_length())
-    per_block = THREADS // lanes
-    grid = -(-rows // per_block)
-    launch(file, name, (grid,), (lanes, per_block), *args, **defines)
+    return lanes, THREADS // lanes
 
 
 def vector_width(depth: int, *arrays: Array) -> int:

@@ -1,0 +1,418 @@
+"""Deformable convolution, plain (v1) and modulated (v2).
+
+    y[n, o, p] = bias[o] + Σ_{c,t} weight[o, c, t] · mask[n, t, p] · X(n, c, q)
+    q = p·stride − padding + t·dilation + offset[n, t, p]
+
+X is the image between its pixels, bilinear with zeros outside: Σ_r G(r, q) x[n, c, r] with
+G(r, q) = max(0, 1 − |r_y − q_y|) · max(0, 1 − |r_x − q_x|). It is Eq. 2-4 of Dai et al.,
+"Deformable Convolutional Networks" (2017); the mask is that of Zhu et al., "Deformable ConvNets v2"
+(2018). Every tap samples the image once for all channels of its offset group; the samples, laid
+out as columns, are multiplied with the weights as in any convolution.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from deformable import _cuda
+from deformable._array import (
+    Array,
+    Pair,
+    array_module,
+    channels_first,
+    channels_last,
+    check_dtypes,
+    check_library,
+    check_shape,
+    check_wrt,
+    compute_dtype,
+)
+from deformable._bilinear import bordered, locate, without_border
+from deformable.conv import (
+    ConvGeometry,
+    blocks,
+    by_group,
+    chunks,
+    columns_by_group,
+    columns_from_groups,
+    conv_geometry,
+    empty_columns,
+    gradient_rows,
+    image_rows,
+    index_type,
+    pack_weight,
+    unpack_weight,
+)
+
+SAMPLES = 64  # planned together by a block of threads
+
+
+class DeformConv2dGradients(NamedTuple):
+    """Gradients of :func:`deform_conv2d`."""
+
+    x: Array | None
+    offset: Array | None
+    weight: Array | None
+    bias: Array | None
+    mask: Array | None
+
+
+def deform_conv2d(
+    x: Array,
+    offset: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    mask: Array | None = None,
+) -> Array:
+    """Convolution whose taps look where `offset` sends them.
+
+    Parameters
+    ----------
+    x : (N, C, H, W) array
+        Images: float16, bfloat16, float32 or float64, of numpy or cupy, in any memory order.
+    offset : (N, 2 * G * kh * kw, Ho, Wo) array
+        For offset group g and tap t = i * kw + j, channel 2 (g * kh * kw + t) is **dy** and the next
+        one **dx**, in input pixels. G divides C: channel c belongs to offset group c // (C // G).
+        Of the dtype of `x`, float32 or float64. ±inf is outside of the image, NaN gives NaN.
+    weight : (O, C // groups, kh, kw) array
+        Kernel, of the dtype of `x`; it tells the number of groups.
+    bias : (O,) array, optional
+        Added to every position, of the dtype of `x`.
+    stride, padding, dilation : int or (height, width)
+        Step between output positions, zeros on every side, step between taps, in input pixels.
+    mask : (N, G * kh * kw, Ho, Wo) array, optional
+        Factor of every sample (v2), used as it is. Dtypes as for `offset`.
+
+    Returns
+    -------
+    (N, O, Ho, Wo) array
+        Ho = (H + 2 padding − (dilation (kh − 1) + 1)) // stride + 1. It lies channels-last in
+        memory. Positions, bilinear weights and sums are computed in float32 at least.
+
+    Raises
+    ------
+    TypeError
+        Arrays of different libraries, dtypes that differ or are none of the four.
+    ValueError
+        Shapes that do not fit, an empty output, arrays on different devices.
+
+    Notes
+    -----
+    A position counts where −1 <= y < H and −1 <= x < W; its corners outside of the image are 0.
+    Dai et al. 2017 (arXiv 1703.06211), Eq. 2-4; Zhu et al. 2018 (arXiv 1811.11168), Eq. 1.
+
+    Examples
+    --------
+    A 1x1 kernel that looks half a pixel to the right:
+
+    >>> import numpy as np
+    >>> x = np.array([[[[1.0, 2.0, 4.0]]]])
+    >>> offset = np.zeros((1, 2, 1, 3))
+    >>> offset[:, 1] = 0.5
+    >>> deform_conv2d(x, offset, np.ones((1, 1, 1, 1)))
+    array([[[[1.5, 3. , 2. ]]]])
+    """
+    g, xp = _check("deform_conv2d", x, offset, weight, bias, stride, padding, dilation, mask)
+    run = _numpy_forward if xp is np else _cuda_forward
+    return run(g, x, offset, weight, bias, mask)
+
+
+def deform_conv2d_backward(
+    grad_y: Array,
+    x: Array,
+    offset: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    mask: Array | None = None,
+    wrt: Iterable[str] | None = None,
+) -> DeformConv2dGradients:
+    """Gradients of :func:`deform_conv2d` with respect to its arrays.
+
+    Parameters
+    ----------
+    grad_y : (N, O, Ho, Wo) array
+        Gradient of the result: of the dtype of `x`, float32 or float64.
+    x, offset, weight, bias, stride, padding, dilation, mask
+        As given to :func:`deform_conv2d`.
+    wrt : iterable of str, optional
+        Names of the gradients to compute, of ``x``, ``offset``, ``weight``, ``bias``, ``mask``; all
+        by default.
+
+    Returns
+    -------
+    DeformConv2dGradients
+        Fields ``x``, ``offset``, ``weight``, ``bias``, ``mask``, each of the dtype of its array;
+        None where not asked for or where the argument was None. Bitwise reproducible.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`deform_conv2d`, and where `grad_y` or `wrt` do not fit.
+
+    Notes
+    -----
+    The gradient of a position is the right-hand derivative, that of the cell [floor, floor + 1),
+    also on the grid lines and at exactly −1 (Eq. 7 of arXiv 1703.06211 leaves these open): padded
+    taps learn from offsets that begin at zero.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.array([[[[1.0, 2.0, 4.0]]]])
+    >>> offset, weight = np.zeros((1, 2, 1, 3)), np.ones((1, 1, 1, 1))
+    >>> grads = deform_conv2d_backward(np.ones((1, 1, 1, 3)), x, offset, weight, wrt=["offset"])
+    >>> grads.offset[0, 1]  # along x, to the right
+    array([[ 1.,  2., -4.]])
+    """
+    name = "deform_conv2d_backward"
+    g, xp = _check(name, x, offset, weight, bias, stride, padding, dilation, mask, grad_y)
+    wanted = check_wrt(name, wrt, DeformConv2dGradients._fields)
+    wanted -= {key for key, array in (("bias", bias), ("mask", mask)) if array is None}
+    run = _numpy_backward if xp is np else _cuda_backward
+    return run(g, grad_y, x, offset, weight, mask, wanted)
+
+
+def _check(function, x, offset, weight, bias, stride, padding, dilation, mask, grad_y=None):
+    data = {"x": x, "weight": weight, "bias": bias}
+    real = {"offset": offset, "mask": mask, "grad_y": grad_y}
+    xp = check_library(function, {**data, **real})
+    check_dtypes(function, data, real)
+    g = conv_geometry(function, x, weight, bias, stride, padding, dilation)
+    size = (g.out_height, g.out_width)
+    channels = offset.shape[1] if offset.ndim == 4 else 0
+    offset_groups = max(1, channels // (2 * g.taps))
+    check_shape(function, "offset", offset, (g.batch, 2 * offset_groups * g.taps, *size))
+    if g.channels % offset_groups:
+        raise ValueError(
+            f"{function}: offset has shape {offset.shape}, expected a number of offset groups "
+            f"(here {offset_groups}) that divides the {g.channels} channels of x"
+        )
+    check_shape(function, "mask", mask, (g.batch, offset_groups * g.taps, *size))
+    check_shape(function, "grad_y", grad_y, g.out_shape)
+    return g._replace(offset_groups=offset_groups), xp
+
+
+def _gradients(
+    g, x, offset, mask, wanted, grad_image, grad_offset, grad_packed, grad_rows, grad_mask
+):
+    """The wanted gradients, each in the dtype and the shape of its array."""
+
+    def per_position(grad, like):
+        image = grad.reshape(g.batch, g.out_height, g.out_width, like.shape[1])
+        return channels_first(image.astype(like.dtype, copy=False))
+
+    sums = compute_dtype(x.dtype)
+    return DeformConv2dGradients(
+        x=channels_first(grad_image.astype(x.dtype)) if "x" in wanted else None,
+        offset=per_position(grad_offset, offset) if "offset" in wanted else None,
+        weight=unpack_weight(grad_packed, g, x.dtype) if "weight" in wanted else None,
+        bias=grad_rows.sum(axis=0, dtype=sums).astype(x.dtype) if "bias" in wanted else None,
+        mask=per_position(grad_mask, mask) if "mask" in wanted else None,
+    )
+
+
+# ---- NumPy: rows of a sparse matrix, see _bilinear.py
+
+
+def _sampler(g, offset, mask, dtype):
+    """A function that answers the samples, and their masks, of a block of positions.
+
+    A block has its samples in the order of its columns: (image, row, column, tap, offset group).
+    """
+    size = (g.out_height, g.out_width)
+    offset = offset.reshape(g.batch, g.offset_groups, g.taps, 2, *size).transpose(3, 0, 4, 5, 2, 1)
+    if mask is not None:
+        mask = mask.reshape(g.batch, g.offset_groups, g.taps, *size).transpose(0, 3, 4, 2, 1)
+    tap_y, tap_x = np.divmod(np.arange(g.taps), g.kernel_w)
+    out_y, out_x = np.arange(g.out_height), np.arange(g.out_width)
+    grid_y = out_y[:, None] * g.stride_h - g.pad_h + tap_y * g.dilation_h
+    grid_x = out_x[:, None] * g.stride_w - g.pad_w + tap_x * g.dilation_w
+    grid_y = grid_y.astype(dtype).reshape(g.out_height, 1, g.taps, 1)
+    grid_x = grid_x.astype(dtype).reshape(g.out_width, g.taps, 1)
+
+    def samples_of(images, lines):
+        dy, dx = offset[:, images, lines]
+        y = np.add(dy, grid_y[lines], out=np.empty(dy.shape, dtype))
+        x = np.add(dx, grid_x, out=np.empty(dx.shape, dtype))
+        scale = None if mask is None else mask[images, lines].astype(dtype, order="C").ravel()
+        return locate(y, x, g.height, g.width, g.offset_groups), scale
+
+    return samples_of
+
+
+def _pixels(image: np.ndarray, images: slice, g: ConvGeometry) -> np.ndarray:
+    """Some bordered images as rows, one for every pixel and offset group: a view."""
+    return image[images].reshape(-1, g.channels // g.offset_groups)
+
+
+@np.errstate(all="ignore")
+def _numpy_forward(g, x, offset, weight, bias, mask):
+    dtype = compute_dtype(x.dtype)
+    image = bordered(x, dtype)
+    samples_of = _sampler(g, offset, mask, dtype)
+    packed = pack_weight(weight, g, dtype)
+    y = np.empty((g.batch * g.positions, g.out_channels), dtype)
+    for images, lines, positions in blocks(g, dtype.itemsize):
+        samples, scale = samples_of(images, lines)
+        seen = samples.seen(_pixels(image, images, g))
+        columns = (samples.matrix(scale, seen) @ seen).reshape(-1, g.taps * g.channels)
+        np.matmul(columns_by_group(columns, g), packed, out=by_group(y[positions], g))
+    if bias is not None:
+        y += bias.astype(dtype)
+    return image_rows(y.astype(x.dtype, copy=False), g)
+
+
+@np.errstate(all="ignore")
+def _numpy_backward(g, grad_y, x, offset, weight, mask, wanted):
+    dtype = compute_dtype(x.dtype)
+    grad = gradient_rows(grad_y, g, dtype)
+    image = bordered(x, dtype)
+    samples_of = _sampler(g, offset, mask, dtype)
+    packed = pack_weight(weight, g, dtype)
+    grad_image = np.zeros_like(image) if "x" in wanted else None
+    grad_packed = np.zeros_like(packed)
+    per_position = (g.batch * g.positions, g.offset_groups, g.taps)
+    grad_offset = np.empty((*per_position, 2), dtype)
+    grad_mask = np.empty(per_position, dtype)
+    for images, lines, positions in blocks(g, dtype.itemsize) if wanted - {"bias"} else ():
+        samples, scale = samples_of(images, lines)
+        seen = samples.seen(_pixels(image, images, g))
+        matrix = samples.matrix(scale, seen)
+        grad_out = by_group(grad[positions], g)
+        if "weight" in wanted:
+            columns = (matrix @ seen).reshape(-1, g.taps * g.channels)
+            grad_packed += columns_by_group(columns, g).transpose(0, 2, 1) @ grad_out
+        if wanted & {"x", "offset", "mask"}:
+            grad_columns = columns_from_groups(grad_out @ packed.transpose(0, 2, 1), g)
+            grad_samples = grad_columns.reshape(-1, g.channels // g.offset_groups)
+        if "x" in wanted:
+            grad_seen = samples.seen(_pixels(grad_image, images, g))
+            grad_seen += matrix.T @ grad_samples
+        if wanted & {"offset", "mask"}:
+            by_sample = samples.gradients(seen, grad_samples, scale)
+            along_y, along_x, along_mask = (
+                a.reshape(-1, g.taps, g.offset_groups).transpose(0, 2, 1) for a in by_sample
+            )
+            grad_offset[positions, ..., 0] = along_y
+            grad_offset[positions, ..., 1] = along_x
+            grad_mask[positions] = along_mask
+    if "x" in wanted:
+        grad_image = without_border(grad_image)
+    return _gradients(
+        g, x, offset, mask, wanted, grad_image, grad_offset, grad_packed, grad, grad_mask
+    )
+
+
+# ---- CUDA: cuda/deform_conv.cu
+
+
+def _per_position(array, dtype):
+    """Offsets or masks as the kernels read them: (N, Ho, Wo, channels) in the dtype of sums."""
+    return None if array is None else channels_last(array, dtype)
+
+
+def _cuda_forward(g, x, offset, weight, bias, mask):
+    with x.device:
+        dtype = compute_dtype(x.dtype)
+        image = channels_last(x, x.dtype)
+        offset, mask = _per_position(offset, dtype), _per_position(mask, dtype)
+        packed = pack_weight(weight, g, x.dtype)
+        y = array_module(x).empty((g.batch * g.positions, g.out_channels), x.dtype)
+        for first, count in chunks(g, x.dtype.itemsize):
+            columns = _im2col(g, image, offset, mask, first, count)
+            _cuda.gemm(columns, packed, out=by_group(y[first : first + count], g))
+        if bias is not None:
+            y += bias
+        return image_rows(y, g)
+
+
+def _cuda_backward(g, grad_y, x, offset, weight, mask, wanted):
+    with x.device:
+        xp, dtype = array_module(x), compute_dtype(x.dtype)
+        image = channels_last(x, x.dtype)
+        places = _per_position(offset, dtype)
+        masks = _per_position(mask, dtype)
+        grad = gradient_rows(grad_y, g, x.dtype)
+        packed = pack_weight(weight, g, x.dtype)
+        grad_packed = xp.zeros(packed.shape, dtype)
+        grad_image = xp.zeros(image.shape, dtype) if "x" in wanted else None
+        grad_offset = xp.empty(places.shape, dtype)
+        grad_mask = None if mask is None else xp.empty(masks.shape, dtype)
+        for first, count in chunks(g, x.dtype.itemsize):
+            grad_out = by_group(grad[first : first + count], g)
+            if "weight" in wanted:
+                columns = _im2col(g, image, places, masks, first, count)
+                _cuda.gemm(columns.transpose(0, 2, 1), grad_out, grad_packed, accumulate=True)
+            if wanted & {"x", "offset", "mask"}:
+                grad_columns = empty_columns(g, count, like=image)
+                _cuda.gemm(grad_out, packed.transpose(0, 2, 1), out=grad_columns)
+            if wanted & {"offset", "mask"}:
+                vec = _vector_width(g, image, grad_columns)
+                _cuda.launch_rows(
+                    "deform_conv.cu", "offset_gradient",
+                    count * g.offset_groups * g.taps, g.channels // g.offset_groups // vec,
+                    image, places, masks, grad_columns, grad_offset, grad_mask, g, first, count,
+                    **_macros(g, x, vec),
+                )  # fmt: skip
+            if "x" in wanted:
+                _image_gradient(g, places, masks, grad_columns, grad_image, first, count)
+        return _gradients(
+            g, x, offset, mask, wanted, grad_image, grad_offset, grad_packed, grad, grad_mask
+        )
+
+
+def _vector_width(g, *arrays):
+    """Channels that share a sample and a group of weights are loaded together."""
+    depth = math.gcd(g.channels // g.groups, g.channels // g.offset_groups)
+    return _cuda.vector_width(depth, *arrays)
+
+
+def _macros(g, like, vec):
+    return {"DTYPE": like.dtype, "VEC": vec, "INDEX": index_type(g), "SAMPLES": SAMPLES}
+
+
+def _im2col(g, image, offset, mask, first, count):
+    columns = empty_columns(g, count, like=image)
+    vec = _vector_width(g, image)
+    _cuda.launch(
+        "deform_conv.cu", "im2col",
+        (-(-count * g.offset_groups * g.taps // SAMPLES),),
+        _cuda.row_block(g.channels // g.offset_groups // vec),
+        image, offset, mask, columns, g, first, count,
+        **_macros(g, image, vec),
+    )  # fmt: skip
+    return columns
+
+
+def _image_gradient(g, offset, mask, grad_columns, grad_image, first, count):
+    """Add the gradient of the pixels that these columns have seen."""
+    xp = array_module(grad_columns)
+    images = range(first // g.positions, (first + count - 1) // g.positions + 1)
+    samples = count * g.offset_groups * g.taps
+    cells = len(images) * g.offset_groups * (g.height + 1) * (g.width + 1)
+    keys = xp.empty(samples, np.int64)
+    weights = xp.empty((samples, 4), grad_image.dtype)
+    vec = _vector_width(g, grad_columns)
+    macros = _macros(g, grad_columns, vec)
+    _cuda.launch_rows(
+        "deform_conv.cu", "list_cells", samples, 1,
+        offset, mask, keys, weights, g, len(images), images.start, first, count,
+        **macros,
+    )  # fmt: skip
+    keys.sort()
+    starts = xp.searchsorted(keys, xp.arange(cells + 1) * samples)
+    _cuda.launch_rows(
+        "deform_conv.cu", "image_gradient",
+        len(images) * g.height * g.width, g.channels // vec,
+        grad_columns, keys, starts, weights, grad_image[images.start : images.stop], g,
+        len(images), count,
+        **macros,
+    )  # fmt: skip
