@@ -51,8 +51,8 @@ def check_library(function: str, arrays: Mapping[str, Array | None]) -> ModuleTy
 def check_dtypes(
     function: str, data: Mapping[str, Array | None], real: Mapping[str, Array | None]
 ) -> None:
-    """``data`` share one floating dtype; ``real`` (positions, masks) have it, float32 or float64."""
-    dtype = next(iter(data.values())).dtype
+    """``data`` share one floating dtype; ``real`` (positions, masks) have it or a common one."""
+    first, dtype = next((name, array.dtype) for name, array in data.items())
     for name, array in data.items():
         if array is None:
             continue
@@ -62,7 +62,7 @@ def check_dtypes(
             )
         if array.dtype != dtype:
             raise TypeError(
-                f"{function}: {name} has dtype {array.dtype}, expected {dtype} as {next(iter(data))}"
+                f"{function}: {name} has dtype {array.dtype}, expected {dtype} as {first} has"
             )
     for name, array in real.items():
         if array is None:

@@ -89,7 +89,8 @@ class Samples(NamedTuple):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Gradients of the positions y and x and of ``scale``, given those of the samples.
 
-        With the corner dots a b / c d the value is a + lx(b - a) + ly(c - a) + ly·lx(a - b - c + d).
+        With the corner dots a, b / c, d the value of a sample is
+        a + lx (b - a) + ly (c - a) + lx ly (a - b - c + d).
         """
         a, b, c, d = self.corner_dots(seen, grad)
         b -= a

@@ -145,7 +145,7 @@ def row_block(width: int) -> tuple[int, int]:
 
 
 def vector_width(depth: int, *arrays: Array) -> int:
-    """How many neighbouring channels one load can take: at most 16 bytes, aligned, dividing depth."""
+    """How many of ``depth`` channels one load takes: at most 16 bytes, aligned in all arrays."""
     width = 16 // max(a.dtype.itemsize for a in arrays)
     while depth % width or any(a.data.ptr % (width * a.dtype.itemsize) for a in arrays):
         width //= 2
@@ -195,7 +195,7 @@ def gemm(a: Array, b: Array, out: Array, accumulate: bool = False) -> None:
 
 
 def _operand(matrices: Array) -> tuple[int, int]:
-    """How cuBLAS reads row-major (B, M, N) ``matrices``: as they are or transposed, and the step."""
+    """How cuBLAS reads (B, M, N) ``matrices``: as they are or transposed, and the step."""
     from cupy.cuda import cublas
 
     _, rows, columns = matrices.shape

@@ -76,8 +76,9 @@ def deform_conv2d(
     x : (N, C, H, W) array
         Images: float16, bfloat16, float32 or float64, of numpy or cupy, in any memory order.
     offset : (N, 2 * G * kh * kw, Ho, Wo) array
-        For offset group g and tap t = i * kw + j, channel 2 (g * kh * kw + t) is **dy** and the next
-        one **dx**, in input pixels. G divides C: channel c belongs to offset group c // (C // G).
+        For offset group g and tap t = i * kw + j, channel 2 (g * kh * kw + t) is **dy** and the
+        next one **dx**, in input pixels (RoI offsets are the other way round). G divides C:
+        channel c belongs to offset group c // (C // G).
         Of the dtype of `x`, float32 or float64. ±inf is outside of the image, NaN gives NaN.
     weight : (O, C // groups, kh, kw) array
         Kernel, of the dtype of `x`; it tells the number of groups.

@@ -16,7 +16,7 @@ extern "C" __global__ void __launch_bounds__(256)
   const T* pixel =
       image + ((static_cast<int64>(at.image) * g.height + at.y) * g.width + at.x) * g.channels;
   for (int c = threadIdx.x * VEC; c < g.channels; c += blockDim.x * VEC) {
-    store(columns + column_offset(g, static_cast<index_t>(count), position, tap, c),
+    store(columns + column_offset(g, count, position, tap, c),
           inside ? load(pixel + c) : zero());
   }
 }
@@ -46,9 +46,7 @@ extern "C" __global__ void __launch_bounds__(256)
                         from_x >= 0 && out_x * g.stride_w == from_x && out_x < g.out_width;
       const int64 position = start + static_cast<int64>(out_y) * g.out_width + out_x;
       if (!seen || position < 0 || position >= count) continue;
-      const int64 from = column_offset(g, static_cast<index_t>(count),
-                                       static_cast<index_t>(position), tap, c);
-      add(sum, 1, load(grad_columns + from));
+      add(sum, 1, load(grad_columns + column_offset(g, count, position, tap, c)));
     }
     store(to, sum);
   }

@@ -29,10 +29,10 @@ __device__ __forceinline__ Tap regular_tap(const ConvGeometry& g, index_t positi
 }
 
 // Columns lie as (groups, count, taps, channels / groups): a matrix per group of weights.
-__device__ __forceinline__ int64 column_offset(const ConvGeometry& g, index_t count, index_t position,
+__device__ __forceinline__ int64 column_offset(const ConvGeometry& g, int64 count, int64 position,
                                                int tap, int channel) {
   const int depth = g.channels / g.groups;
   const int group = g.groups == 1 ? 0 : channel / depth;
-  const int64 row = (static_cast<int64>(group) * count + position) * g.taps() + tap;
+  const int64 row = (group * count + position) * g.taps() + tap;
   return row * depth + (channel - group * depth);
 }

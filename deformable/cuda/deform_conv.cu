@@ -1,22 +1,23 @@
 // deform_conv.py: deformable columns, and their gradients without a single atomic operation.
 //
 // A sample is one (position, offset group, tap) of the chunk of `count` positions from `first` on;
-// samples are counted in that order. Layouts, all contiguous:
+// samples are counted in that order, by int: a chunk is small. Layouts, all contiguous:
 //   image (N, H, W, C)   columns: conv.cuh   offset (N·Ho·Wo, G, taps, 2)   mask (N·Ho·Wo, G, taps)
 // What is computed once per sample, its corners and weights, is shared by its C / G channels.
 #include "bilinear.cuh"
 #include "conv.cuh"
 
 struct SampleId {
-  index_t position;  // within the chunk
-  int group, tap;
+  int position, group, tap;  // position within the chunk
 };
 
-__device__ __forceinline__ SampleId sample_id(const ConvGeometry& g, int64 sample) {
-  const int taps = g.taps(), per_position = g.offset_groups * taps;
-  const index_t position = static_cast<index_t>(sample / per_position);
-  const int rest = static_cast<int>(sample - static_cast<int64>(position) * per_position);
-  return {position, rest / taps, rest % taps};
+__device__ __forceinline__ SampleId sample_id(const ConvGeometry& g, int sample) {
+  const int taps = g.taps(), line = sample / taps;
+  return {line / g.offset_groups, line % g.offset_groups, sample - line * taps};
+}
+
+__device__ __forceinline__ int sample_count(const ConvGeometry& g, int64 count) {
+  return static_cast<int>(count) * g.offset_groups * g.taps();
 }
 
 // The sample's cell in its image; `image` receives the image it lies in.
@@ -38,13 +39,12 @@ struct Plan {
 
 // A block plans SAMPLES samples in shared memory, then its thread rows blend the channels of one
 // sample after the other. Per channel 4 values are read (from L1, mostly) and one is written.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
     im2col(const T* __restrict__ image, const A* __restrict__ offset, const A* __restrict__ mask,
            T* __restrict__ columns, const ConvGeometry g, const int64 first, const int64 count) {
   __shared__ Plan plans[SAMPLES];
-  const int64 samples = count * g.offset_groups * g.taps();
-  const int64 start = static_cast<int64>(blockIdx.x) * SAMPLES;
-  const int planned = static_cast<int>(min(static_cast<int64>(SAMPLES), samples - start));
+  const int start = blockIdx.x * SAMPLES;
+  const int planned = min(SAMPLES, sample_count(g, count) - start);
 
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
   for (int i = thread; i < planned; i += blockDim.x * blockDim.y) {
@@ -70,20 +70,20 @@ extern "C" __global__ void __launch_bounds__(256)
         const int64 pixel = plan.pixel[corner];
         add(sum, plan.weight[corner], pixel < 0 ? zero() : load(image + pixel + c));
       }
-      store(columns + column_offset(g, static_cast<index_t>(count), id.position, id.tap, c), sum);
+      store(columns + column_offset(g, count, id.position, id.tap, c), sum);
     }
   }
 }
 
 // A thread row computes the four products <corner pixel, gradient of the sample> of one sample,
 // its lanes reduced in a fixed order, and from these the gradients of its offset and mask.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
     offset_gradient(const T* __restrict__ image, const A* __restrict__ offset,
                     const A* __restrict__ mask, const T* __restrict__ grad_columns,
                     A* __restrict__ grad_offset, A* __restrict__ grad_mask, const ConvGeometry g,
                     const int64 first, const int64 count) {
-  const int64 samples = count * g.offset_groups * g.taps();
-  const int64 sample = static_cast<int64>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int samples = sample_count(g, count);
+  const int sample = blockIdx.x * blockDim.y + threadIdx.y;
   // every lane of a warp stays for the shuffles; a thread row past the end only adds zeros
   const SampleId id = sample_id(g, min(sample, samples - 1));
   index_t n;
@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(256)
   A dots[4] = {0, 0, 0, 0};
   for (int c = id.group * depth + threadIdx.x * VEC; c < (id.group + 1) * depth;
        c += blockDim.x * VEC) {
-    const Vector grad = load(grad_columns + column_offset(g, static_cast<index_t>(count),
+    const Vector grad = load(grad_columns + column_offset(g, count,
                                                           id.position, id.tap, c));
     for (int corner = 0; corner < 4; ++corner) {
       const index_t pixel = corner_pixel(s, corner, g.height, g.width);
@@ -120,12 +120,12 @@ extern "C" __global__ void __launch_bounds__(256)
 // times the number of samples plus itself. Sorted keys are, cell by cell, the samples that look
 // there, in an order that never varies. Cells are (image, offset group, H + 1, W + 1), the upper
 // left corner from -1 on. A sample outside belongs to no cell: its key is the largest.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
     list_cells(const A* __restrict__ offset, const A* __restrict__ mask, int64* __restrict__ keys,
                A* __restrict__ weights, const ConvGeometry g, const int64 images,
                const int64 first_image, const int64 first, const int64 count) {
-  const int64 samples = count * g.offset_groups * g.taps();
-  const int64 sample = static_cast<int64>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int samples = sample_count(g, count);
+  const int sample = blockIdx.x * blockDim.y + threadIdx.y;
   if (sample >= samples) return;
 
   const SampleId id = sample_id(g, sample);
@@ -135,17 +135,19 @@ extern "C" __global__ void __launch_bounds__(256)
   const int64 inside = (plane * (g.height + 1) + s.y + 1) * (g.width + 1) + s.x + 1;
   const int64 outside = images * g.offset_groups * (g.height + 1) * (g.width + 1);
   keys[sample] = (s.inside ? inside : outside) * samples + sample;
-  for (int corner = 0; corner < 4; ++corner) weights[4 * sample + corner] = corner_weight(s, corner);
+  for (int corner = 0; corner < 4; ++corner) {
+    weights[4 * static_cast<int64>(sample) + corner] = corner_weight(s, corner);
+  }
 }
 
 // A thread row gathers the gradient of one pixel from the samples of the four cells around it and
 // adds it to grad_image (images, H, W, C). `starts` says where in `keys` a cell begins.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
     image_gradient(const T* __restrict__ grad_columns, const int64* __restrict__ keys,
                    const int64* __restrict__ starts, const A* __restrict__ weights,
                    A* __restrict__ grad_image, const ConvGeometry g, const int64 images,
                    const int64 count) {
-  const int64 samples = count * g.offset_groups * g.taps();
+  const int samples = sample_count(g, count);
   const index_t row = static_cast<index_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const index_t line = row / g.width;
   const int x = static_cast<int>(row - line * g.width);
@@ -158,15 +160,17 @@ extern "C" __global__ void __launch_bounds__(256)
     A* to = grad_image + static_cast<int64>(row) * g.channels + c;
     Vector sum = load(to);
     const int64 plane = static_cast<int64>(image) * g.offset_groups + c / depth;
+#pragma unroll 1  // four lists of unknown length: unrolling them would only spill registers
     for (int corner = 0; corner < 4; ++corner) {
-      // this pixel is that corner of the cell which begins (row, column) of the corner before it
+      // the cell of which this pixel is that corner
       const int64 cell = (plane * (g.height + 1) + y + 1 - (corner >> 1)) * (g.width + 1) + x + 1 -
                          (corner & 1);
       for (int64 entry = starts[cell]; entry < starts[cell + 1]; ++entry) {
-        const int64 sample = keys[entry] - cell * samples;
+        const int sample = static_cast<int>(keys[entry] - cell * samples);
         const SampleId id = sample_id(g, sample);
-        const int64 from = column_offset(g, static_cast<index_t>(count), id.position, id.tap, c);
-        add(sum, weights[4 * sample + corner], load(grad_columns + from));
+        const int64 from = column_offset(g, count, id.position, id.tap, c);
+        const A weight = weights[4 * static_cast<int64>(sample) + corner];
+        add(sum, weight, load(grad_columns + from));
       }
     }
     store(to, sum);
