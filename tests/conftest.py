@@ -1,0 +1,58 @@
+"""The libraries that the tests run over: NumPy, and CuPy on a GPU or, without one, on the CPU.
+
+Where there is no GPU a substitute stands in for cupy and the kernels run in the simulator of
+tests/simt, under two orders of threads. ``DEFORMABLE_REQUIRE_GPU=1`` makes a missing GPU an error.
+"""
+
+import contextlib
+import os
+
+import numpy
+import pytest
+
+try:
+    import cupy
+
+    HAVE_GPU = cupy.is_available()
+except ImportError:
+    HAVE_GPU = False
+
+if not HAVE_GPU:
+    if os.environ.get("DEFORMABLE_REQUIRE_GPU") == "1":
+        raise RuntimeError("DEFORMABLE_REQUIRE_GPU is set and cupy finds no GPU")
+    from tests.simt import fakecupy, module
+
+    fakecupy.install()
+    import cupy
+
+ORDERS = ["cupy"] if HAVE_GPU else ["cupy", "cupy-reversed"]
+
+
+@pytest.fixture(params=["numpy", *ORDERS], scope="module")
+def xp(request):
+    """The array library: ``numpy``, or ``cupy`` under every order of threads."""
+    if request.param == "numpy":
+        yield numpy
+        return
+    with kernels(request.param.partition("-")[2] or "forward"):
+        yield cupy
+
+
+@contextlib.contextmanager
+def kernels(order):
+    """Kernels run, in this order of blocks and threads where they are simulated."""
+    if HAVE_GPU:
+        yield
+    elif module.available():
+        with module.configure(order=order):
+            yield
+    else:
+        pytest.skip("no GPU, and no g++ to simulate one")
+
+
+@pytest.fixture
+def no_synchronisation():
+    """A context manager in which waiting for the device is an error; without a GPU it sees all."""
+    if HAVE_GPU:
+        return contextlib.nullcontext
+    return fakecupy.forbid_synchronisation

@@ -1,0 +1,86 @@
+"""cupy.cuda.device: one device, whose compute capability is in the simulator's settings."""
+
+from tests.simt import module
+from tests.simt.fakecupy import _sync
+
+CUBLAS_HANDLE = 0xB1A5
+
+ATTRIBUTES = {
+    "MaxThreadsPerBlock": 1024,
+    "MaxBlockDimX": 1024,
+    "MaxBlockDimY": 1024,
+    "MaxBlockDimZ": 64,
+    "MaxGridDimX": 2**31 - 1,
+    "MaxGridDimY": 65535,
+    "MaxGridDimZ": 65535,
+    "MaxSharedMemoryPerBlock": 48 << 10,
+    "MaxSharedMemoryPerBlockOptin": 227 << 10,
+    "MaxSharedMemoryPerMultiprocessor": 228 << 10,
+    "MaxRegistersPerBlock": 65536,
+    "MaxRegistersPerMultiprocessor": 65536,
+    "MaxThreadsPerMultiProcessor": 2048,
+    "MaxBlocksPerMultiprocessor": 32,
+    "MultiProcessorCount": 4,
+    "WarpSize": 32,
+    "L2CacheSize": 50 << 20,
+}
+
+
+class Device:
+    def __init__(self, device=None):
+        self.id = int(device or 0)
+        if self.id:
+            raise RuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
+
+    def __int__(self):
+        return self.id
+
+    def __eq__(self, other):
+        return isinstance(other, Device) and self.id == other.id
+
+    def __hash__(self):
+        return hash(self.id)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def __repr__(self):
+        return f"<CUDA Device {self.id}>"
+
+    def use(self):
+        return self
+
+    def synchronize(self):
+        _sync.declare("Device.synchronize")
+
+    @property
+    def compute_capability(self):
+        return module.settings.compute_capability
+
+    @property
+    def attributes(self):
+        major, minor = divmod(int(self.compute_capability), 10)
+        return ATTRIBUTES | {"ComputeCapabilityMajor": major, "ComputeCapabilityMinor": minor}
+
+    @property
+    def cublas_handle(self):
+        return CUBLAS_HANDLE
+
+    @property
+    def mem_info(self):
+        return 64 << 30, 64 << 30
+
+
+def get_device_id():
+    return 0
+
+
+def get_compute_capability():
+    return Device().compute_capability
+
+
+def get_cublas_handle():
+    return CUBLAS_HANDLE

@@ -1,0 +1,103 @@
+// What a kernel may touch, and who touched it last: bounds, alignment and races.
+#pragma once
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace simt {
+
+// Who made an access, and when. An access happens before another one of the same block if a
+// barrier lies between them (`epoch` counts barriers), or if both are of one warp and __syncwarp has
+// told the later thread of the earlier one's `clock` (each lane keeps a clock for every lane of its
+// warp). Nothing orders the threads of different blocks.
+struct Stamp {
+  int block;  // one more than the block's index; 0: nobody yet
+  short thread;
+  short atomic;
+  unsigned epoch, clock;
+};
+
+// The history of a few bytes: the last writer and the last readers, of two different warps. (A third
+// warp's read is forgotten, so a race with it alone can be missed; forgetting never invents one.)
+struct Cell {
+  Stamp writer, readers[2];
+};
+
+struct Region {
+  char* base;
+  size_t size;
+  const char* name;
+  int grain;  // bytes per cell of the history
+  bool writable;
+  bool shared;    // shared memory: poisoned, its history forgotten, before every block
+  bool internal;  // the kernel library's own constants: not named in messages, no history
+  Cell* history;
+
+  bool contains(const char* p) const { return p >= base && p < base + size; }
+  size_t cells() const { return size / grain + 1; }
+
+  void open_history() {
+    void* memory = mmap(nullptr, cells() * sizeof(Cell), PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    history = memory == MAP_FAILED ? nullptr : static_cast<Cell*>(memory);
+  }
+  void clear_history() {
+    if (history) memset(static_cast<void*>(history), 0, cells() * sizeof(Cell));
+  }
+  void close_history() {
+    if (history) munmap(history, cells() * sizeof(Cell));
+    history = nullptr;
+  }
+};
+
+class Memory {
+ public:
+  void clear() {
+    for (Region& region : regions_) region.close_history();
+    regions_.clear();
+    last_ = 0;
+  }
+  void add(const Region& region) { regions_.push_back(region); }
+  void open_histories() {
+    for (Region& region : regions_)
+      if (!region.internal) region.open_history();
+  }
+  // A block sees none of the shared memory of the one before: floats become NaN, integers -1.
+  void begin_block() {
+    for (Region& region : regions_) {
+      if (!region.shared) continue;
+      memset(region.base, 0xff, region.size);
+      region.clear_history();
+    }
+  }
+  Region* find(const char* p) {
+    if (last_ < regions_.size() && regions_[last_].contains(p)) return &regions_[last_];
+    for (Region& region : regions_)
+      if (region.contains(p)) {
+        last_ = &region - regions_.data();
+        return &region;
+      }
+    return nullptr;
+  }
+  // The region that an access outside all of them most likely meant, and how far it is away.
+  const Region* nearest(const char* p, size_t size, ptrdiff_t* distance) const {
+    const Region* best = nullptr;
+    for (const Region& region : regions_) {
+      if (region.internal) continue;
+      ptrdiff_t d = p < region.base ? p - region.base : p + size - (region.base + region.size);
+      if (!best || labs(d) < labs(*distance)) {
+        best = &region;
+        *distance = d;
+      }
+    }
+    return best;
+  }
+
+ private:
+  std::vector<Region> regions_;
+  size_t last_ = 0;  // where the previous access was: the next is likely there too
+};
+
+}  // namespace simt
