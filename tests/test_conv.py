@@ -1,0 +1,130 @@
+"""Plain convolution against its definition, on both array libraries."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+import deformable
+from deformable import conv2d, conv2d_backward
+from deformable.testing import check_backward
+from tests import reference
+from tests.arrays import host, on
+
+FIELDS = ("x", "weight", "bias")
+
+
+def random_case(rng, n=None):
+    groups, n = int(rng.integers(1, 4)), int(rng.integers(1, 4)) if n is None else n
+    c, o = groups * int(rng.integers(1, 5)), groups * int(rng.integers(1, 4))
+    kernel, stride, dilation = rng.integers(1, 4, (3, 2))
+    padding = rng.integers(0, 3, 2)
+    h, w = rng.integers(2, 8, 2) + dilation * (kernel - 1)
+    arrays = {
+        "x": rng.normal(size=(n, c, h, w)),
+        "weight": rng.normal(size=(o, c // groups, *kernel)),
+        "bias": rng.normal(size=o),
+    }
+    pairs = {"stride": stride, "padding": padding, "dilation": dilation}
+    return arrays, {k: tuple(map(int, v)) for k, v in pairs.items()} | {"groups": groups}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_equals_the_definition(seed, xp):
+    arrays, keywords = random_case(np.random.default_rng(seed))
+    y = host(xp, conv2d(**on(xp, arrays), **keywords))
+    expected = reference.conv2d(**arrays, **keywords)
+    assert y.shape == expected.shape
+    assert np.abs(y - expected).max() <= 1e-13 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_gradients_of_random_configurations(seed):
+    rng = np.random.default_rng(seed)
+    arrays, keywords = random_case(rng)
+    check_backward(conv2d, conv2d_backward, [], arrays | keywords, rng=rng)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_gradient_of_the_image_is_the_adjoint(seed, xp):
+    rng = np.random.default_rng(seed)
+    arrays, keywords = random_case(rng)
+    arrays = on(xp, arrays | {"bias": np.zeros_like(arrays["bias"])})
+    y = conv2d(**arrays, **keywords)
+    grad_y = xp.asarray(rng.normal(size=y.shape))
+    grads = conv2d_backward(grad_y, **arrays, **keywords)
+    product = float((y * grad_y).sum())
+    for name in ("x", "weight"):
+        assert abs(float((arrays[name] * getattr(grads, name)).sum()) - product) <= 1e-12 * (
+            float(abs(y * grad_y).sum())
+        )
+
+
+@pytest.mark.parametrize("n", [0, 1, 33])
+def test_gradients_agree_between_the_libraries(n, xp):
+    rng = np.random.default_rng(n)
+    arrays, keywords = random_case(rng, n)
+    grad_y = rng.normal(size=conv2d(**arrays, **keywords).shape)
+    have = conv2d_backward(xp.asarray(grad_y), **on(xp, arrays), **keywords)
+    want = conv2d_backward(grad_y, **arrays, **keywords)
+    for name in FIELDS:
+        a, b = host(xp, getattr(have, name)), getattr(want, name)
+        assert a.shape == arrays[name].shape
+        assert np.abs(a - b).max(initial=0) <= 1e-12 * max(1, np.abs(b).max(initial=0))
+
+
+@pytest.mark.parametrize("limit", [1, 3000])
+def test_results_do_not_depend_on_the_size_of_blocks(limit, xp, monkeypatch):
+    arrays, keywords = random_case(np.random.default_rng(3))
+    arrays = on(xp, arrays)
+    y = conv2d(**arrays, **keywords)
+    grads = conv2d_backward(y, **arrays, **keywords)
+    monkeypatch.setattr(deformable.conv, "BLOCK_BYTES", limit)
+    monkeypatch.setattr(deformable.conv, "CHUNK_BYTES", limit)
+    pieces = conv2d_backward(y, **arrays, **keywords)
+    assert np.abs(host(xp, conv2d(**arrays, **keywords) - y)).max() <= 1e-13
+    for name in FIELDS:
+        a, b = host(xp, getattr(pieces, name)), host(xp, getattr(grads, name))
+        assert np.abs(a - b).max() <= 1e-12 * np.abs(b).max(), name
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_result_has_the_dtype_of_x_and_sums_in_float32(dtype, xp):
+    """4096 ones added in half precision would stop at 2048 (or 256)."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    x = xp.asarray(np.ones((1, 4096, 1, 1), kind))
+    weight = xp.asarray(np.ones((1, 4096, 1, 1), kind))
+    y = conv2d(x, weight)
+    assert y.dtype == kind
+    assert float(host(xp, y).astype(np.float64)[0, 0, 0, 0]) == 4096
+    grads = conv2d_backward(y, x, weight)
+    assert grads.x.dtype == grads.weight.dtype == kind
+
+
+def test_wrt_computes_only_what_it_names(xp):
+    arrays, keywords = random_case(np.random.default_rng(5))
+    arrays = on(xp, arrays)
+    y = conv2d(**arrays, **keywords)
+    everything = conv2d_backward(y, **arrays, **keywords)
+    for field in FIELDS:
+        only = conv2d_backward(y, **arrays, **keywords, wrt=(field,))
+        assert [f for f in FIELDS if getattr(only, f) is not None] == [field]
+        assert_array_equal(host(xp, getattr(only, field)), host(xp, getattr(everything, field)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"groups": 2}, ValueError, "weight has shape"),
+        ({"groups": 0}, ValueError, "groups is 0, expected at least 1"),
+        ({"groups": (1, 1, 1)}, TypeError, "groups"),
+        ({"bias": np.zeros(2)}, ValueError, r"bias has shape \(2,\), expected \(3,\)"),
+        ({"padding": 2**31}, ValueError, "padding"),
+        ({"stride": (1, 0)}, ValueError, r"stride is \(1, 0\)"),
+        ({"dilation": True}, TypeError, "dilation is True, expected an int"),
+    ],
+)
+def test_bad_input_is_named(changes, error, message):
+    arguments = {"x": np.zeros((1, 3, 5, 5)), "weight": np.zeros((3, 3, 2, 2))} | changes
+    with pytest.raises(error, match=f"conv2d: .*{message}"):
+        conv2d(**arguments)
