@@ -12,7 +12,9 @@ def bilinear(image, y, x):
     value = np.zeros(len(image))
     if not (-1 <= y < height and -1 <= x < width):
         return value + 0 * (y if math.isnan(y) else 0) + 0 * (x if math.isnan(x) else 0)
-    for r, c in itertools.product((math.floor(y), math.floor(y) + 1), (math.floor(x), math.floor(x) + 1)):
+    for r, c in itertools.product(
+        (math.floor(y), math.floor(y) + 1), (math.floor(x), math.floor(x) + 1)
+    ):
         if 0 <= r < height and 0 <= c < width:
             value += (1 - abs(r - y)) * (1 - abs(c - x)) * image[:, r, c]
     return value
@@ -33,7 +35,9 @@ def deform_conv2d(
             for og in range(offset_groups):
                 tap = og * kh * kw + i * kw + j
                 at_y = oy * stride[0] - padding[0] + i * dilation[0] + offset[b, 2 * tap, oy, ox]
-                at_x = ox * stride[1] - padding[1] + j * dilation[1] + offset[b, 2 * tap + 1, oy, ox]
+                at_x = (
+                    ox * stride[1] - padding[1] + j * dilation[1] + offset[b, 2 * tap + 1, oy, ox]
+                )
                 own = slice(og * channels // offset_groups, (og + 1) * channels // offset_groups)
                 sample[own] = bilinear(x[b, own], at_y, at_x)
                 if mask is not None:
