@@ -20,7 +20,8 @@ except ImportError:
 if not HAVE_GPU:
     if os.environ.get("DEFORMABLE_REQUIRE_GPU") == "1":
         raise RuntimeError("DEFORMABLE_REQUIRE_GPU is set and cupy finds no GPU")
-    from tests.simt import fakecupy, module
+    from tests.simt import build, fakecupy
+    from tests.simt.settings import configure
 
     fakecupy.install()
     import cupy
@@ -43,8 +44,8 @@ def kernels(order):
     """Kernels run, in this order of blocks and threads where they are simulated."""
     if HAVE_GPU:
         yield
-    elif module.available():
-        with module.configure(order=order):
+    elif build.available():
+        with configure(order=order):
             yield
     else:
         pytest.skip("no GPU, and no g++ to simulate one")

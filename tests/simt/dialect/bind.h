@@ -2,10 +2,16 @@
 // as a CUDA driver does.
 #pragma once
 
+struct SimtMember {
+  const char* name;  // null ends a list
+  int offset;
+  const char* dtype;
+};
 struct SimtParameter {
-  const char* dtype;  // NumPy's letter and size ("f4"), "b2" for bfloat16, "V" for a struct, "" for void
+  const char* dtype;  // NumPy's letter and size ("f4"), "bf2" for bfloat16, "V" for a struct, "" for void
   int size;           // of the value, or of what a pointer points to
   char pointer;       // 0: a value; 'r': pointer to const; 'w': pointer
+  const SimtMember* members;  // of a struct that is passed by value
 };
 struct SimtKernel {
   const char* name;
@@ -37,13 +43,24 @@ constexpr int simt_size() {
   else return sizeof(T);
 }
 template <class T>
+struct SimtMembers {  // specialised by SIMT_STRUCT, which module.py writes
+  static constexpr const SimtMember* list = nullptr;
+};
+#define SIMT_MEMBER(STRUCT, NAME) {#NAME, offsetof(STRUCT, NAME), simt_dtype<decltype(STRUCT::NAME)>()}
+#define SIMT_STRUCT(STRUCT, ...)                                   \
+  template <>                                                      \
+  struct SimtMembers<STRUCT> {                                     \
+    static constexpr SimtMember list[] = {__VA_ARGS__, {}};        \
+  };
+
+template <class T>
 constexpr SimtParameter simt_parameter() {
   if constexpr (std::is_pointer_v<T>) {
     typedef std::remove_pointer_t<T> Target;
     typedef std::remove_cv_t<Target> Plain;
-    return {simt_dtype<Plain>(), simt_size<Plain>(), std::is_const_v<Target> ? 'r' : 'w'};
+    return {simt_dtype<Plain>(), simt_size<Plain>(), std::is_const_v<Target> ? 'r' : 'w', nullptr};
   } else {
-    return {simt_dtype<T>(), sizeof(T), 0};
+    return {simt_dtype<T>(), sizeof(T), 0, SimtMembers<T>::list};
   }
 }
 

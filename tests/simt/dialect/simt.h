@@ -12,3 +12,6 @@
 #include "half.h"
 #include "ptx.h"
 #include "bind.h"
+
+#define memcpy simt_memcpy
+#define memset simt_memset

@@ -44,7 +44,7 @@ struct Launch {
   int order;
   unsigned seed;
   int check_races;
-  size_t first_block, block_count;
+  size_t first_block;
   size_t steps;  // memory accesses and basic blocks before the launch counts as endless
 };
 
@@ -64,6 +64,7 @@ struct Thread {
   // where it waits, and for AT a collective with what
   const char* what;
   int line;
+  const void* address;
   unsigned mask;
   const void* in;
   void* out;
@@ -149,7 +150,7 @@ void suspend(State state) {
 }
 
 // Runs the collective that lanes of `mask` wait in, if all of them that are alive have come.
-void complete_collective(int warp_index, unsigned mask, const void* address) {
+void complete_collective(int warp_index, unsigned mask) {
   Warp& warp = m.warps[warp_index];
   Thread* lane = &m.threads[warp_index * WARP];
   const unsigned lanes = mask & warp.waiting;
@@ -163,7 +164,7 @@ void complete_collective(int warp_index, unsigned mask, const void* address) {
     const int i = __builtin_ctz(rest);
     const Thread& b = lane[i];
     if (b.what != a.what || b.mask != a.mask || b.line != a.line) {
-      report(address, "warp divergence: lane %d is at %s(mask %08x) of line %d, lane %d at %s(mask %08x) of line %d",
+      report(b.address, "warp divergence: lane %d is at %s(mask %08x) of line %d, lane %d at %s(mask %08x) of line %d",
              leader, a.what, a.mask, a.line, i, b.what, b.mask, b.line);
       return;
     }
@@ -191,13 +192,14 @@ void finish_thread() {
   if (!thread.copies.empty()) fail(nullptr, "a cp_async was never waited for");
   thread.state = State::DONE;
   --m.living;
-  if (m.at_barrier)
-    fail(nullptr, "barrier divergence: this thread has returned while %d others wait at a __syncthreads",
-         m.at_barrier);
+  for (const Thread& other : m.threads)
+    if (m.at_barrier && other.state == State::AT_BARRIER)
+      fail(other.address, "barrier divergence: this thread has returned while %d others wait at the __syncthreads of line %d",
+           m.at_barrier, other.line);
   m.warp().alive &= ~(1u << m.current % WARP);
   const int warp = m.current / WARP;
   for (unsigned rest = m.warp().waiting; rest; rest &= rest - 1)
-    complete_collective(warp, m.threads[warp * WARP + __builtin_ctz(rest)].mask, nullptr);
+    complete_collective(warp, m.threads[warp * WARP + __builtin_ctz(rest)].mask);
 }
 
 // What every fiber does: one thread of a block, then, woken again, another.
@@ -258,7 +260,7 @@ void open_barrier() {
     Thread& thread = m.threads[t];
     if (thread.state != State::AT_BARRIER) continue;
     if (thread.line != last.line) {
-      report(nullptr, "barrier divergence: thread %d is at the __syncthreads of line %d, thread %d at that of line %d",
+      report(thread.address, "barrier divergence: thread %d is at the __syncthreads of line %d, thread %d at that of line %d",
              t, thread.line, m.current, last.line);
       return;
     }
@@ -277,7 +279,7 @@ void report_deadlock() {
   int b = a;
   while (b + 1 < m.thread_count && !waits_elsewhere(m.threads[b])) ++b;
   set_current(a);
-  report(nullptr, "deadlock: thread %d waits at %s of line %d, thread %d at %s of line %d, %d threads have returned", a,
+  report(m.threads[a].address, "deadlock: thread %d waits at %s of line %d, thread %d at %s of line %d, %d threads have returned", a,
          m.threads[a].what, m.threads[a].line, b, m.threads[b].what, m.threads[b].line, m.thread_count - m.living);
 }
 
@@ -355,8 +357,7 @@ void run_blocks(const Launch& launch) {
   for (int t = 0; t < m.thread_count; ++t) order[t] = launch.order == REVERSED ? m.thread_count - 1 - t : t;
 
   const size_t total = size_t(gridDim.x) * gridDim.y * gridDim.z;
-  const size_t first = launch.first_block;
-  const size_t count = launch.block_count ? std::min(launch.block_count, total - first) : total - first;
+  const size_t first = launch.first_block, count = total - first;
   std::vector<size_t> blocks(count);
   for (size_t b = 0; b < count; ++b) blocks[b] = first + (launch.order == REVERSED ? count - 1 - b : b);
   if (launch.order == RANDOM) std::shuffle(blocks.begin(), blocks.end(), m.random);
@@ -380,6 +381,7 @@ void simt_barrier(int line) {
   Thread& thread = m.thread();
   thread.what = "__syncthreads";
   thread.line = line;
+  thread.address = CALLER;
   spend(64, CALLER);
   if (m.living < m.thread_count)
     fail(CALLER, "barrier divergence: __syncthreads of line %d after %d threads have returned", line,
@@ -392,6 +394,7 @@ void simt_warp(const char* what, int line, unsigned mask, const void* in, void* 
   Thread& thread = m.thread();
   thread.what = what;
   thread.line = line;
+  thread.address = CALLER;
   thread.mask = mask;
   thread.in = in;
   thread.out = out;
@@ -401,7 +404,7 @@ void simt_warp(const char* what, int line, unsigned mask, const void* in, void* 
   if (!(mask >> lane & 1)) fail(CALLER, "%s of line %d: the mask %08x does not name the calling lane %d", what, line, mask, lane);
   thread.state = State::IN_WARP;
   m.warp().waiting |= 1u << lane;
-  complete_collective(m.current / WARP, mask, CALLER);
+  complete_collective(m.current / WARP, mask);
   if (m.failed) m.fibers.leave(thread.fiber);
   if (thread.state == State::IN_WARP) suspend(State::IN_WARP);
 }
@@ -434,7 +437,7 @@ void simt_wait_for_copies(int groups_left) {
 
 // ---- what Python calls
 // The text of the first error, or null.
-const char* simt_launch(const Launch* launch, const Region* built_in, size_t built_in_count) {
+const char* simt_launch(const Launch* launch) {
   m.launch = launch;
   gridDim = {launch->grid[0], launch->grid[1], launch->grid[2]};
   blockDim = {launch->block[0], launch->block[1], launch->block[2]};
@@ -451,7 +454,6 @@ const char* simt_launch(const Launch* launch, const Region* built_in, size_t bui
 
   m.memory.clear();
   for (size_t i = 0; i < launch->region_count; ++i) m.memory.add(launch->regions[i]);
-  for (size_t i = 0; i < built_in_count; ++i) m.memory.add(built_in[i]);
   if (launch->dynamic_shared)
     m.memory.add({reinterpret_cast<char*>(simt_dynamic_shared), launch->dynamic_shared, "dynamic shared memory", 2, true,
                   true, false, nullptr});

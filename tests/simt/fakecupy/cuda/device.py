@@ -1,7 +1,7 @@
 """cupy.cuda.device: one device, whose compute capability is in the simulator's settings."""
 
-from tests.simt import module
 from tests.simt.fakecupy import _sync
+from tests.simt.settings import settings
 
 CUBLAS_HANDLE = 0xB1A5
 
@@ -58,7 +58,7 @@ class Device:
 
     @property
     def compute_capability(self):
-        return module.settings.compute_capability
+        return settings.compute_capability
 
     @property
     def attributes(self):
