@@ -439,5 +439,5 @@ def test_bad_gradients_are_named():
 def test_libraries_do_not_mix(xp):
     if xp is np:
         pytest.skip("needs two libraries")
-    with pytest.raises(TypeError, match="weight is a numpy array, expected .*cupy as x is"):
+    with pytest.raises(TypeError, match=r"weight is a numpy array, expected .*cupy as x is"):
         deform_conv2d(**(small() | {"x": xp.zeros((1, 2, 5, 5))}))
