@@ -48,9 +48,7 @@ def check_library(function: str, arrays: Mapping[str, Array | None]) -> ModuleTy
     return modules[first]
 
 
-def check_dtypes(
-    function: str, data: Mapping[str, Array | None], real: Mapping[str, Array | None]
-) -> None:
+def check_dtypes(function: str, data: Mapping[str, Array], real: Mapping[str, Array]) -> None:
     """``data`` share one floating dtype; ``real`` (positions, masks) have it or a common one."""
     first, dtype = next((name, array.dtype) for name, array in data.items())
     for name, array in data.items():

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse import csr_array
 
+from deformable._array import INT32_MAX, Array
+
 BORDER = 2
 
 
@@ -32,7 +34,7 @@ def without_border(image: np.ndarray) -> np.ndarray:
     return image[:, BORDER:-BORDER, BORDER:-BORDER]
 
 
-def split(position: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+def split(position: Array, size: int) -> tuple[Array, Array]:
     """Integer cell and fraction in [0, 1) of positions along an axis (overwritten).
 
     ±inf becomes a cell of the border. NaN too, but its fraction stays NaN.
@@ -116,7 +118,7 @@ def locate(y: np.ndarray, x: np.ndarray, height: int, width: int, groups: int) -
     cell_y, ly = split(y, height)
     cell_x, lx = split(x, width)
     size = images * rows * columns * groups
-    corner = cell_y.astype(np.int64 if size > np.iinfo(np.int32).max else np.int32, copy=False)
+    corner = cell_y.astype(np.int64 if size > INT32_MAX else np.int32, copy=False)
     corner += BORDER
     corner *= columns
     corner += cell_x
@@ -125,8 +127,8 @@ def locate(y: np.ndarray, x: np.ndarray, height: int, width: int, groups: int) -
         corner *= groups
         corner += np.arange(groups, dtype=corner.dtype)
     if images > 1:
-        first = np.arange(0, size, rows * columns * groups, dtype=corner.dtype)
-        corner += first.reshape(images, *[1] * (corner.ndim - 1))
+        begin = np.arange(0, size, rows * columns * groups, dtype=corner.dtype)
+        corner += begin.reshape(images, *[1] * (corner.ndim - 1))
     steps = (0, groups, columns * groups, (columns + 1) * groups)
     corner = corner.ravel()
     first = int(corner.min())

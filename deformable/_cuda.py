@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from deformable._array import Array
+from deformable._array import Array, compute_dtype
 
 CTYPE = {
     "float16": "__half",
@@ -91,7 +91,7 @@ def _kernel(file: str, name: str, options: tuple[str, ...], device: int) -> Any:
 
 
 @functools.lru_cache(maxsize=1024, typed=True)
-def struct(geometry: tuple) -> np.ndarray:
+def struct(geometry: Any) -> np.ndarray:
     """A NamedTuple of ints and floats as a C struct of the same fields, to be passed by value."""
     ctypes = [(f, np.float64 if isinstance(v, float) else np.int32) for f, v in
               zip(geometry._fields, geometry, strict=True)]  # fmt: skip
@@ -175,12 +175,12 @@ def gemm(a: Array, b: Array, out: Array, accumulate: bool = False) -> None:
         "float64": runtime.CUDA_R_64F,
     }
     if a.dtype == np.float64:
-        compute, scalar = cublas.CUBLAS_COMPUTE_64F, np.float64
+        compute = cublas.CUBLAS_COMPUTE_64F
     elif a.dtype == np.float32 and _precision.get() == "high":
-        compute, scalar = cublas.CUBLAS_COMPUTE_32F_FAST_TF32, np.float32
+        compute = cublas.CUBLAS_COMPUTE_32F_FAST_TF32
     else:
-        compute, scalar = cublas.CUBLAS_COMPUTE_32F, np.float32
-    alpha, beta = np.array(1, scalar), np.array(accumulate, scalar)
+        compute = cublas.CUBLAS_COMPUTE_32F
+    alpha, beta = (np.array(s, compute_dtype(a.dtype)) for s in (1, accumulate))
     # cuBLAS counts columns first: it computes outᵀ = bᵀ aᵀ
     op_a, step_a = _operand(a)
     op_b, step_b = _operand(b)

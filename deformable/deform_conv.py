@@ -249,7 +249,7 @@ def _sampler(g, offset, mask, dtype):
     return samples_of
 
 
-def _pixels(image: np.ndarray, images: slice, g: ConvGeometry) -> np.ndarray:
+def _pixels(image: Array, images: slice, g: ConvGeometry) -> Array:
     """Some bordered images as rows, one for every pixel and offset group: a view."""
     return image[images].reshape(-1, g.channels // g.offset_groups)
 
@@ -278,7 +278,7 @@ def _numpy_backward(g, grad_y, x, offset, weight, mask, wanted):
     image = bordered(x, dtype)
     samples_of = _sampler(g, offset, mask, dtype)
     packed = pack_weight(weight, g, dtype)
-    grad_image = np.zeros_like(image) if "x" in wanted else None
+    grad_image: Array = np.zeros_like(image) if "x" in wanted else None
     grad_packed = np.zeros_like(packed)
     per_position = (g.batch * g.positions, g.offset_groups, g.taps)
     grad_offset = np.empty((*per_position, 2), dtype)
@@ -305,11 +305,8 @@ def _numpy_backward(g, grad_y, x, offset, weight, mask, wanted):
             grad_offset[positions, ..., 0] = along_y
             grad_offset[positions, ..., 1] = along_x
             grad_mask[positions] = along_mask
-    if "x" in wanted:
-        grad_image = without_border(grad_image)
-    return _gradients(
-        g, x, offset, mask, wanted, grad_image, grad_offset, grad_packed, grad, grad_mask
-    )
+    inside = without_border(grad_image) if "x" in wanted else None
+    return _gradients(g, x, offset, mask, wanted, inside, grad_offset, grad_packed, grad, grad_mask)
 
 
 # ---- CUDA: cuda/deform_conv.cu

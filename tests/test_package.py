@@ -1,8 +1,10 @@
 """What a user has after installing: light imports, kernels in the wheel, twins that match."""
 
+import inspect
 import re
 import subprocess
 import sys
+import typing
 import zipfile
 from pathlib import Path
 
@@ -40,6 +42,13 @@ def test_every_public_name_is_documented_with_an_example():
     for name in deformable.__all__:
         doc = getattr(deformable, name).__doc__
         assert doc and "Examples\n" in doc and ">>>" in doc, name
+
+
+def test_every_public_name_is_fully_typed():
+    for name in deformable.__all__:
+        function = inspect.unwrap(getattr(deformable, name))
+        annotated = set(typing.get_type_hints(function))
+        assert annotated == {*inspect.signature(function).parameters, "return"}, name
 
 
 def test_wheel_is_pure_and_holds_the_kernels(tmp_path):
