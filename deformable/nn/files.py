@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,8 @@ def save(path: str | os.PathLike[str], layer: Layer, optimizer: Optimizer | None
     >>> bool((layer.weight.data == other.weight.data).all())
     True
     """
-    arrays = {name: to_host(buffer.data) for name, buffer in _named(layer, optimizer).items()}
+    buffers = _named(layer, optimizer)
+    arrays: dict[str, Any] = {name: to_host(buffer.data) for name, buffer in buffers.items()}
     path = Path(path)
     handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

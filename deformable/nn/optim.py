@@ -243,17 +243,15 @@ def clip_grad_norm(params: Iterable[Param], max_norm: float) -> Array:
     >>> float(nn.clip_grad_norm([param], max_norm=1.0)), param.grad.round(3).tolist()
     (5.0, [0.6, 0.8])
     """
-    given = [param for param in params if param.grad is not None]
+    given = [(param, param.grad) for param in params if param.grad is not None]
     if not given:
         return np.zeros(())
-    xp = array_module(given[0].grad)
-    squares = [
-        xp.square(param.grad.astype(compute_dtype(param.grad.dtype))).sum() for param in given
-    ]
+    xp = array_module(given[0][1])
+    squares = [xp.square(grad.astype(compute_dtype(grad.dtype))).sum() for _, grad in given]
     norm = xp.sqrt(sum(squares[1:], start=squares[0]))
     scale = max_norm / xp.maximum(norm, max_norm)
-    for param in given:
-        param.grad = (param.grad * scale).astype(param.grad.dtype, copy=False)
+    for param, grad in given:
+        param.grad = (grad * scale).astype(grad.dtype, copy=False)
     return norm
 
 

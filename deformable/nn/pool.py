@@ -1,12 +1,15 @@
 """Pooling on a regular grid. Windows are walked tap by tap: one array operation per tap."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from deformable._array import Array, Pair, array_module, pair
+from deformable._array import Array, Pair, array_module, check_shape, compute_dtype, pair
 from deformable.nn.layer import Backward, Layer
+
+Shape = tuple[int, ...]
 
 
 class _Pool2d(Layer):
@@ -14,41 +17,36 @@ class _Pool2d(Layer):
 
     def __init__(self, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0) -> None:
         name = type(self).__name__
-        self.kernel = pair(name, "kernel_size", kernel_size, least=1)
-        self.stride = self.kernel if stride is None else pair(name, "stride", stride, least=1)
-        self.padding = pair(name, "padding", padding, least=0)
-        if any(2 * p > k for p, k in zip(self.padding, self.kernel, strict=True)):
+        kernel = pair(name, "kernel_size", kernel_size, least=1)
+        stride = kernel if stride is None else pair(name, "stride", stride, least=1)
+        padding = pair(name, "padding", padding, least=0)
+        self.axes = tuple(zip(kernel, stride, padding, strict=True))
+        if any(2 * p > k for k, _, p in self.axes):
             raise ValueError(
-                f"{name}: padding is {padding}, expected at most half of kernel_size {kernel_size}"
+                f"{name}: padding is {padding}, expected at most half of kernel_size {kernel}"
             )
 
-    def _filled(self, x: Array, value: float) -> Array:
+    def _filled(self, x: Array, value: float, dtype: Any = None) -> Array:
         """An output for x (N, C, H, W), in the memory order of x."""
+        name = type(self).__name__
+        check_shape(name, "x", x, ("N", "C", "H", "W"))
         sizes = [
             (size + 2 * p - k) // s + 1
-            for size, k, s, p in zip(
-                x.shape[2:], self.kernel, self.stride, self.padding, strict=True
-            )
+            for size, (k, s, p) in zip(x.shape[2:], self.axes, strict=True)
         ]
         if min(sizes) < 1:
-            raise ValueError(
-                f"{type(self).__name__}: x has shape {x.shape}, "
-                f"expected at least kernel_size {self.kernel} with padding {self.padding}"
-            )
-        return array_module(x).full_like(x, value, shape=(*x.shape[:2], *sizes))
+            raise ValueError(f"{name}: x has shape {x.shape}, expected one that a window fits in")
+        return array_module(x).full_like(x, value, dtype=dtype, shape=(*x.shape[:2], *sizes))
 
-    def _taps(self, x: Array, y: Array) -> Iterator[tuple[Any, Any]]:
-        """Per tap, row-major: where in x it looks, and for which part of y it is inside x."""
+    def _taps(self, shape_x: Shape, shape_y: Shape) -> Iterator[tuple[Any, Any]]:
+        """For each tap, row-major: what it sees of x, and the part of y for which that is x."""
         rows, columns = (
-            [
-                _tap(i, self.stride[axis], self.padding[axis], x.shape[2 + axis], y.shape[2 + axis])
-                for i in range(self.kernel[axis])
-            ]
-            for axis in (0, 1)
+            [_seen(i - p, s, size_x, size_y) for i in range(k)]
+            for (k, s, p), size_x, size_y in zip(self.axes, shape_x[2:], shape_y[2:], strict=True)
         )
-        for x_rows, y_rows in rows:
-            for x_columns, y_columns in columns:
-                yield (..., x_rows, x_columns), (..., y_rows, y_columns)
+        for rows_x, rows_y in rows:
+            for columns_x, columns_y in columns:
+                yield (..., rows_x, columns_x), (..., rows_y, columns_y)
 
 
 class MaxPool2d(_Pool2d):
@@ -82,7 +80,7 @@ class MaxPool2d(_Pool2d):
         def backward(grad_y: Array) -> Array:
             grad_x = xp.zeros_like(x)
             open_ = xp.ones_like(y, dtype=bool)
-            for at_x, at_y in self._taps(x, y):
+            for at_x, at_y in self._taps(x.shape, y.shape):
                 wins = open_[at_y] & (x[at_x] == y[at_y])
                 open_[at_y] ^= wins
                 grad_x[at_x] += grad_y[at_y] * wins
@@ -94,7 +92,7 @@ class MaxPool2d(_Pool2d):
         """Pool x (N, C, H, W)."""
         xp = array_module(x)
         y = self._filled(x, -np.inf)
-        for at_x, at_y in self._taps(x, y):
+        for at_x, at_y in self._taps(x.shape, y.shape):
             xp.maximum(y[at_y], x[at_x], out=y[at_y])
         return y
 
@@ -121,18 +119,20 @@ class AvgPool2d(_Pool2d):
 
     def __call__(self, x: Array) -> tuple[Array, Backward]:
         """Pool x (N, C, H, W)."""
-        share = 1 / (self.kernel[0] * self.kernel[1])
-        y = self._filled(x, 0)
-        for at_x, at_y in self._taps(x, y):
-            y[at_y] += x[at_x] * share
+        share = 1 / math.prod(k for k, _, _ in self.axes)
+        shape, dtype = x.shape, x.dtype
+        total = self._filled(x, 0, compute_dtype(dtype))
+        for at_x, at_y in self._taps(shape, total.shape):
+            total[at_y] += x[at_x]
 
         def backward(grad_y: Array) -> Array:
-            grad_x = array_module(x).zeros_like(x)
-            for at_x, at_y in self._taps(x, y):
-                grad_x[at_x] += grad_y[at_y] * share
-            return grad_x
+            xp = array_module(grad_y)
+            grad_x = xp.zeros_like(grad_y, dtype=compute_dtype(dtype), shape=shape)
+            for at_x, at_y in self._taps(shape, grad_y.shape):
+                grad_x[at_x] += grad_y[at_y]
+            return (grad_x * share).astype(dtype, copy=False)
 
-        return y, backward
+        return (total * share).astype(dtype, copy=False), backward
 
 
 class GlobalAvgPool2d(Layer):
@@ -150,7 +150,8 @@ class GlobalAvgPool2d(Layer):
     def __call__(self, x: Array) -> tuple[Array, Backward]:
         """Average x (N, C, H, W)."""
         n, c, h, w = shape = x.shape
-        y = x.mean(axis=(2, 3))
+        wide = compute_dtype(x.dtype)
+        y = (x.sum(axis=(2, 3), dtype=wide) / (h * w)).astype(x.dtype, copy=False)
 
         def backward(grad_y: Array) -> Array:
             grad_mean = (grad_y / (h * w)).reshape(n, c, 1, 1)
@@ -159,11 +160,9 @@ class GlobalAvgPool2d(Layer):
         return y, backward
 
 
-def _tap(tap: int, stride: int, padding: int, size: int, out: int) -> tuple[slice, slice]:
-    """Along one axis: the inputs that a tap meets, and the outputs that meet them."""
-    shift = tap - padding
-    first = max(-(shift // stride), 0)  # the smallest o with o * stride + shift >= 0
-    last = min((size - 1 - shift) // stride, out - 1)
-    first = min(first, last + 1)
+def _seen(shift: int, stride: int, size_x: int, size_y: int) -> tuple[slice, slice]:
+    """Along one axis: the x at ``y * stride + shift`` that exist, and their y."""
+    first = max(0, -(shift // stride))
+    count = max(0, min(size_y, (size_x - 1 - shift) // stride + 1) - first)
     start = first * stride + shift
-    return slice(start, start + (last - first) * stride + 1, stride), slice(first, last + 1)
+    return slice(start, start + count * stride, stride), slice(first, first + count)
