@@ -135,8 +135,11 @@ class Dropout(Layer):
 
     def __call__(self, x: Array) -> tuple[Array, Backward]:
         """Drop values of x of any shape."""
+        xp = array_module(x)
         kept = self.rng.random(x.shape, dtype=np.float32) >= self.p
-        scale = array_module(x).asarray(kept).astype(x.dtype) / (1 - self.p)
+        scale = xp.empty_like(x)
+        scale[...] = xp.asarray(kept)
+        scale /= 1 - self.p
 
         def backward(grad_y: Array) -> Array:
             return grad_y * scale

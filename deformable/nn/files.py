@@ -1,7 +1,6 @@
 """Networks and training in files: ``.npz``, without pickle."""
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +39,15 @@ def save(path: str | os.PathLike[str], layer: Layer, optimizer: Optimizer | None
     buffers = _named(layer, optimizer)
     arrays: dict[str, Any] = {name: to_host(buffer.data) for name, buffer in buffers.items()}
     path = Path(path)
-    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(unfinished, "wb") as file:
             np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str], layer: Layer, optimizer: Optimizer | None = None) -> None:
