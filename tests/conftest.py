@@ -26,6 +26,11 @@ if not HAVE_GPU:
     fakecupy.install()
     import cupy
 
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=100, help="random calls of every operator")
+
+
 ORDERS = ["cupy"] if HAVE_GPU else ["cupy", "cupy-reversed"]
 
 

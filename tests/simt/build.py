@@ -1,5 +1,6 @@
 """Builds the simulator's runtime and kernel libraries with g++, each once: a cache keeps them."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -63,10 +64,28 @@ def runtime():
 
 
 def kernel_library(text, compute_capability):
-    """Path of the library of a kernel text, which includes simt.h."""
+    """Path of the library of a kernel text, which is compiled behind the dialect's simt.h."""
     runtime()
-    own = (f"-I{HERE / 'dialect'}", f"-D__CUDA_ARCH__={compute_capability}0")
-    return _build("kernel", text, (*KERNEL, *own), LINK)
+    options = (*KERNEL, f"-D__CUDA_ARCH__={compute_capability}0")
+    return _build("kernel", text, (*options, "-include", str(_precompiled(options))), LINK)
+
+
+@functools.cache
+def _precompiled(options):
+    """A header that includes simt.h, precompiled: g++ finds its .gch beside it."""
+    folder = CACHE / f"header-{_key(*options)}"
+    header = folder / "header.h"
+    if not folder.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as fresh:
+            text = f'#include "{HERE}/dialect/simt.h"\n'
+            source = pathlib.Path(fresh, "new", "header.h")
+            source.parent.mkdir()
+            source.write_text(text)
+            _run(["g++", *options, "-x", "c++-header", str(source), "-o", f"{source}.gch"])
+            with contextlib.suppress(OSError):  # another process was faster
+                source.parent.rename(folder)
+    return header
 
 
 def place(library, offset):
@@ -83,9 +102,12 @@ def _own_hash():
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
 
 
+def _key(*texts):
+    return hashlib.sha256("\0".join((*texts, _own_hash())).encode()).hexdigest()[:24]
+
+
 def _build(name, text, compile_options, link_options):
-    key = "\0".join((text, *compile_options, *link_options, _own_hash()))
-    library = CACHE / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+    library = CACHE / f"{name}-{_key(text, *compile_options, *link_options)}.so"
     if not library.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:

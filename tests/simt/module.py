@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import functools
 import threading
+from typing import ClassVar
 
 import numpy as np
 
@@ -15,8 +16,7 @@ from tests.simt import build, source
 from tests.simt.build import SimtError
 from tests.simt.settings import ORDERS, settings
 
-TEXT = """#include "simt.h"
-{defines}#line 1 "kernel.cu"
+TEXT = """{defines}#line 1 "kernel.cu"
 {code}
 #line 1 "footer"
 extern "C" {{
@@ -63,6 +63,8 @@ class _Launch(ctypes.Structure):
         ("seed", ctypes.c_uint),
         ("check_races", ctypes.c_int),
         ("first_block", ctypes.c_size_t),
+        ("code", ctypes.c_void_p),
+        ("code_size", ctypes.c_size_t),
         ("steps", ctypes.c_size_t),
     ]
 
@@ -107,7 +109,7 @@ class Parameter:
 class RawModule:
     """The kernels of a CUDA source text, with cupy.RawModule's interface."""
 
-    built = []  # every module that a test has built: nvrtc.py compiles them too
+    built: ClassVar[list] = []  # every module of this process: nvrtc.py compiles them too
 
     def __init__(self, *, code, options=(), backend="nvrtc", name_expressions=None):
         if not isinstance(code, str) or not isinstance(options, tuple):
@@ -219,6 +221,8 @@ class Kernel:
             first_block=max(0, grid[0] * grid[1] * grid[2] - settings.last_blocks)
             if settings.last_blocks
             else 0,
+            code=self.module.start,
+            code_size=self.module.bss - self.module.start,
             steps=settings.steps,
         )
         with self._one_at_a_time:

@@ -10,13 +10,15 @@
 
 // What follows a SIMT_RAW is the simulator's own work and is not checked.
 #define SIMT_RAW __attribute__((no_sanitize("thread", "undefined"), no_sanitize_coverage))
+// What calls the runtime becomes part of the kernel: an error's place is the address of that call.
+#define SIMT_INLINE inline __attribute__((always_inline))
 
 #define __global__
 #define __device__
 #define __host__
 #define __constant__ const
 #define __shared__ static  // one block runs at a time; the .bss of a kernel library is its shared memory
-#define __forceinline__ inline
+#define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__

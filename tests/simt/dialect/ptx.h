@@ -3,7 +3,7 @@
 
 typedef unsigned int u32;
 
-inline void __trap() { simt_trap("__trap"); }
+SIMT_INLINE void __trap() { simt_trap("__trap"); }
 
 // ---- tensor cores
 // How a 32-bit register of an A or B fragment splits into elements.
@@ -50,7 +50,7 @@ struct SimtMma {
     }
   }
 
-  SIMT_RAW static void run(const char* what, int line, float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  static SIMT_INLINE void run(const char* what, int line, float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     Fragments in;
     float result[4];
     std::memcpy(in.a, a, sizeof a);
@@ -60,15 +60,15 @@ struct SimtMma {
     std::memcpy(d, result, sizeof d);
   }
 };
-inline void mma_m16n8k8_tf32(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2],
+SIMT_INLINE void mma_m16n8k8_tf32(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2],
                              int line = __builtin_LINE()) {
   SimtMma<SimtTf32, 8>::run("mma_m16n8k8_tf32", line, d, a, b);
 }
-inline void mma_m16n8k16_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2],
+SIMT_INLINE void mma_m16n8k16_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2],
                              int line = __builtin_LINE()) {
   SimtMma<SimtF16, 16>::run("mma_m16n8k16_f16", line, d, a, b);
 }
-inline void mma_m16n8k16_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2],
+SIMT_INLINE void mma_m16n8k16_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2],
                               int line = __builtin_LINE()) {
   SimtMma<SimtBf16, 16>::run("mma_m16n8k16_bf16", line, d, a, b);
 }
@@ -92,7 +92,7 @@ SIMT_RAW void simt_ldmatrix(const void* const* in, void* const* out, unsigned) {
       }
 }
 template <int MATRICES, bool TRANSPOSED>
-SIMT_RAW inline void simt_run_ldmatrix(const char* what, int line, u32* r, const void* row) {
+SIMT_INLINE void simt_run_ldmatrix(const char* what, int line, u32* r, const void* row) {
   if (simt_lane() < 8 * MATRICES) {  // the other lanes' addresses are not used
     simt_require_aligned(row, 16, what);
     simt_access(row, 16, SIMT_READ);
@@ -100,7 +100,7 @@ SIMT_RAW inline void simt_run_ldmatrix(const char* what, int line, u32* r, const
   simt_warp(what, line, ~0u, row, r, simt_ldmatrix<MATRICES, TRANSPOSED>);
 }
 #define SIMT_DEFINE_LDMATRIX(NAME, MATRICES, TRANSPOSED)                                      \
-  inline void NAME(u32 (&r)[MATRICES], const void* row, int line = __builtin_LINE()) {        \
+  SIMT_INLINE void NAME(u32 (&r)[MATRICES], const void* row, int line = __builtin_LINE()) {        \
     simt_run_ldmatrix<MATRICES, TRANSPOSED>(#NAME, line, r, row);                             \
   }
 SIMT_DEFINE_LDMATRIX(ldmatrix_x2, 2, false)
@@ -110,24 +110,24 @@ SIMT_DEFINE_LDMATRIX(ldmatrix_x4_trans, 4, true)
 
 // ---- asynchronous copies
 template <int BYTES>
-inline void cp_async(void* shared, const void* global, bool read = true) {
+SIMT_INLINE void cp_async(void* shared, const void* global, bool read = true) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
   simt_copy_async(shared, global, BYTES, read);
 }
-inline void cp_async_commit() { simt_commit_copies(); }
+SIMT_INLINE void cp_async_commit() { simt_commit_copies(); }
 template <int N>
-inline void cp_async_wait() {
+SIMT_INLINE void cp_async_wait() {
   simt_wait_for_copies(N);
 }
 
 // ---- vector reductions
-inline void red_add(float* address, float value) { atomicAdd(address, value); }
-inline void red_add(float* address, float2 value) {
+SIMT_INLINE void red_add(float* address, float value) { atomicAdd(address, value); }
+SIMT_INLINE void red_add(float* address, float2 value) {
   simt_require_aligned(address, 8, "red_add of float2");
   atomicAdd(address, value.x);
   atomicAdd(address + 1, value.y);
 }
-inline void red_add(float* address, float4 value) {
+SIMT_INLINE void red_add(float* address, float4 value) {
   simt_require_aligned(address, 16, "red_add of float4");
   atomicAdd(address, value.x);
   atomicAdd(address + 1, value.y);

@@ -27,12 +27,12 @@ extern unsigned char* simt_dynamic_shared;
 }
 
 // GCC does not announce what memcpy and memset touch.
-inline void* simt_memcpy(void* to, const void* from, size_t size) {
+SIMT_INLINE void* simt_memcpy(void* to, const void* from, size_t size) {
   for (size_t i = 0; i < size; ++i) simt_access(static_cast<const char*>(from) + i, 1, SIMT_READ);
   for (size_t i = 0; i < size; ++i) simt_access(static_cast<char*>(to) + i, 1, SIMT_WRITE);
   return __builtin_memcpy(to, from, size);
 }
-inline void* simt_memset(void* to, int value, size_t size) {
+SIMT_INLINE void* simt_memset(void* to, int value, size_t size) {
   for (size_t i = 0; i < size; ++i) simt_access(static_cast<char*>(to) + i, 1, SIMT_WRITE);
   return __builtin_memset(to, value, size);
 }

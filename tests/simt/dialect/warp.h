@@ -1,10 +1,10 @@
 // Barriers, shuffles and votes. `line` is the caller's: threads that meet must stand on one line.
 #pragma once
 
-inline void __syncthreads(int line = __builtin_LINE()) { simt_barrier(line); }
+SIMT_INLINE void __syncthreads(int line = __builtin_LINE()) { simt_barrier(line); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
-inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
+SIMT_INLINE void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
   simt_warp("__syncwarp", line, mask, nullptr, nullptr, nullptr);
 }
 SIMT_RAW inline int simt_lane() {
@@ -47,7 +47,7 @@ SIMT_RAW void simt_shuffle(const void* const* in, void* const* out, unsigned lan
 
 #define SIMT_DEFINE_SHUFFLE(NAME, HOW, ARGUMENT)                                        \
   template <class T>                                                                    \
-  SIMT_RAW inline T NAME(unsigned mask, T value, ARGUMENT argument, int width = 32,     \
+  SIMT_INLINE T NAME(unsigned mask, T value, ARGUMENT argument, int width = 32,     \
                          int line = __builtin_LINE()) {                                 \
     SimtShuffled<T> in{value, static_cast<int>(argument), width};                       \
     T out;                                                                              \
@@ -68,7 +68,7 @@ SIMT_RAW void simt_share_result(const void* const* in, void* const* out, unsigne
 }
 
 template <class R, class T, R (*combine)(const void* const* in, unsigned lanes)>
-SIMT_RAW R simt_vote(const char* what, int line, unsigned mask, T value) {
+SIMT_INLINE R simt_vote(const char* what, int line, unsigned mask, T value) {
   R out = 0;
   simt_warp(what, line, mask, &value, &out, simt_share_result<T, R, combine>);
   return out;
@@ -83,13 +83,13 @@ SIMT_RAW inline unsigned simt_ballot(const void* const* in, unsigned lanes) {
 SIMT_RAW inline int simt_any(const void* const* in, unsigned lanes) { return simt_ballot(in, lanes) != 0; }
 SIMT_RAW inline int simt_all(const void* const* in, unsigned lanes) { return simt_ballot(in, lanes) == lanes; }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
+SIMT_INLINE unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
   return simt_vote<unsigned, int, simt_ballot>("__ballot_sync", line, mask, predicate);
 }
-inline int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
+SIMT_INLINE int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
   return simt_vote<int, int, simt_any>("__any_sync", line, mask, predicate);
 }
-inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
+SIMT_INLINE int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
   return simt_vote<int, int, simt_all>("__all_sync", line, mask, predicate);
 }
 
@@ -107,7 +107,7 @@ SIMT_RAW T simt_fold(const void* const* in, unsigned lanes, F f) {
     return simt_fold<T>(in, lanes, [](T a, T b) SIMT_RAW { return T(EXPRESSION); });           \
   }                                                                                            \
   template <class T>                                                                           \
-  inline T __reduce_##NAME##_sync(unsigned mask, T value, int line = __builtin_LINE()) {       \
+  SIMT_INLINE T __reduce_##NAME##_sync(unsigned mask, T value, int line = __builtin_LINE()) {       \
     static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned>);                      \
     return simt_vote<T, T, simt_##NAME<T>>("__reduce_" #NAME "_sync", line, mask, value);      \
   }
@@ -129,7 +129,7 @@ SIMT_RAW void simt_match(const void* const* in, void* const* out, unsigned lanes
   }
 }
 template <class T>
-inline unsigned __match_any_sync(unsigned mask, T value, int line = __builtin_LINE()) {
+SIMT_INLINE unsigned __match_any_sync(unsigned mask, T value, int line = __builtin_LINE()) {
   unsigned out = 0;
   simt_warp("__match_any_sync", line, mask, &value, &out, simt_match<T>);
   return out;

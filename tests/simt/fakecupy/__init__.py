@@ -94,14 +94,8 @@ FUNCTIONS = {
 
 def _ufunc(name):
     function = checked(getattr(np, name), "*args, out=None, dtype=None, casting='same_kind'")
-
-    def call(*args, **kwargs):
-        with np.errstate(all="ignore"):  # a GPU does not warn
-            return function(*args, **kwargs)
-
-    call.__name__ = name
-    call.at = call.outer = call.reduce = _refuse(name)
-    return call
+    function.at = function.outer = function.reduce = _refuse(name)
+    return function
 
 
 def _refuse(name):
@@ -122,15 +116,20 @@ for _name, _parameters in FUNCTIONS.items():
 
 def array(obj, dtype=None, copy=True, order="K", ndmin=0):
     if is_native(obj):
-        same = not copy and dtype in (None, obj.dtype) and obj.ndim >= ndmin
+        same = not copy and _is(obj, dtype) and obj.ndim >= ndmin
         return obj if same else wrap(np.array(obj._host, dtype, order=order, ndmin=ndmin))
     if isinstance(obj, list | tuple) and any(is_native(x) for x in obj):
         obj = [x._host if is_native(x) else x for x in obj]
     return wrap(np.array(obj, dtype, order=order, ndmin=ndmin))
 
 
+def _is(a, dtype):
+    """Whether ``a`` has the dtype, if one is asked for; NumPy's float64 equals None."""
+    return dtype is None or a.dtype == dtype
+
+
 def asarray(a, dtype=None, order=None):
-    if is_native(a) and dtype in (None, a.dtype) and order is None:
+    if is_native(a) and _is(a, dtype) and order is None:
         return a
     return array(a, dtype, order=order or "K")
 
@@ -142,7 +141,7 @@ def asanyarray(a, dtype=None, order=None):
 def ascontiguousarray(a, dtype=None):
     if not is_native(a):
         raise TypeError(f"Argument 'a' has incorrect type (got {type(a).__name__})")
-    if a.ndim and a.flags.c_contiguous and dtype in (None, a.dtype):
+    if a.ndim and a.flags.c_contiguous and _is(a, dtype):
         return a
     return wrap(np.ascontiguousarray(a._host, dtype))
 

@@ -22,31 +22,33 @@ void __sanitizer_cov_trace_pc() {
   if (m.running) spend(1, CALLER);
 }
 
-// The first member of every description that the undefined behaviour sanitizer hands over.
-struct SourceLocation {
-  const char* file;
-  uint32_t line, column;
-};
-#define SIMT_UNDEFINED_HOOK(NAME, TEXT)                                             \
-  void __ubsan_handle_##NAME(SourceLocation* at, ...) {                             \
-    fail(nullptr, TEXT " at %s:%u", at->file, at->line);                            \
-  }
+#define SIMT_UNDEFINED_HOOK(NAME, TEXT) \
+  void __ubsan_handle_##NAME(...) { fail(CALLER, TEXT); }
 SIMT_UNDEFINED_HOOK(add_overflow, "signed integer overflow in +")
 SIMT_UNDEFINED_HOOK(sub_overflow, "signed integer overflow in -")
 SIMT_UNDEFINED_HOOK(mul_overflow, "signed integer overflow in *")
 SIMT_UNDEFINED_HOOK(negate_overflow, "signed integer overflow in negation")
-SIMT_UNDEFINED_HOOK(divrem_overflow, "integer division by zero, or its overflow,")
-SIMT_UNDEFINED_HOOK(shift_out_of_bounds, "shift by more than the width, or of a negative number,")
+SIMT_UNDEFINED_HOOK(divrem_overflow, "integer division by zero, or its overflow")
+SIMT_UNDEFINED_HOOK(shift_out_of_bounds, "shift by more than the width, or of a negative number")
 SIMT_UNDEFINED_HOOK(out_of_bounds, "index outside the array")
 SIMT_UNDEFINED_HOOK(pointer_overflow, "pointer arithmetic overflow")
 SIMT_UNDEFINED_HOOK(builtin_unreachable, "unreachable code reached")
 SIMT_UNDEFINED_HOOK(missing_return, "function without its return value")
 SIMT_UNDEFINED_HOOK(vla_bound_not_positive, "array of no positive size")
 SIMT_UNDEFINED_HOOK(load_invalid_value, "bool or enum with an impossible value")
-SIMT_UNDEFINED_HOOK(float_cast_overflow, "float outside the integer's range, or NaN, cast")
+SIMT_UNDEFINED_HOOK(float_cast_overflow, "NaN or a float outside the integer's range cast to it")
 SIMT_UNDEFINED_HOOK(nonnull_arg, "null argument")
 SIMT_UNDEFINED_HOOK(invalid_builtin, "invalid argument of an intrinsic")
-void __ubsan_handle_type_mismatch_v1(SourceLocation* at, const void* p) {
-  if (!p) fail(nullptr, "null pointer used at %s:%u", at->file, at->line);
-  fail(nullptr, "misaligned pointer %p used at %s:%u", p, at->file, at->line);
+struct TypeMismatch {
+  const char* file;
+  uint32_t line, column;
+  const void* type;
+  unsigned char log_alignment;
+};
+void __ubsan_handle_type_mismatch_v1(const TypeMismatch* mismatch, const void* p) {
+  const int alignment = 1 << mismatch->log_alignment;
+  if (!p) fail(CALLER, "null pointer used");
+  if (reinterpret_cast<uintptr_t>(p) % alignment)
+    fail(CALLER, "misaligned: pointer %p to a type aligned to %d bytes", p, alignment);
+  fail(CALLER, "out of bounds: pointer %p past the end of the variable that it points to", p);
 }

@@ -16,6 +16,7 @@
 
 #include "fiber.h"
 #include "memory.h"
+#include "watchdog.h"
 
 struct uint3 {
   unsigned x, y, z;
@@ -45,6 +46,8 @@ struct Launch {
   unsigned seed;
   int check_races;
   size_t first_block;
+  const char* code;  // the kernel library's instructions
+  size_t code_size;
   size_t steps;  // memory accesses and basic blocks before the launch counts as endless
 };
 
@@ -56,6 +59,7 @@ struct CopyInFlight {
   size_t size;
   bool read;
   int group;
+  const void* address;  // of the call that started it
 };
 
 struct Thread {
@@ -91,7 +95,7 @@ struct Machine {
   int thread_count, current, living, at_barrier;
   int block_index;
   unsigned epoch;  // barriers that this block has passed, plus one
-  size_t steps_left;
+  size_t steps_left, steps_at_last_wake;
   bool running;  // false outside launches: then nothing is checked
   bool failed;
   char error[2048];
@@ -135,6 +139,14 @@ __attribute__((format(printf, 2, 3))) [[noreturn]] void fail(const void* address
 void spend(size_t steps, const void* address) {
   if (m.steps_left <= steps) fail(address, "this launch seems to run for ever");
   m.steps_left -= steps;
+}
+
+void wake_up(const void* address) {
+  // in the runtime itself, or in a library, the launch must not be left: it is not stuck there
+  const char* p = static_cast<const char*>(address);
+  if (!m.running || p < m.launch->code || p >= m.launch->code + m.launch->code_size) return;
+  if (m.steps_left == m.steps_at_last_wake) fail(p + 1, "this launch seems to run for ever");
+  m.steps_at_last_wake = m.steps_left;
 }
 
 // ---- scheduling
@@ -189,7 +201,7 @@ void complete_collective(int warp_index, unsigned mask) {
 
 void finish_thread() {
   Thread& thread = m.thread();
-  if (!thread.copies.empty()) fail(nullptr, "a cp_async was never waited for");
+  if (!thread.copies.empty()) fail(thread.copies[0].address, "a cp_async was never waited for");
   thread.state = State::DONE;
   --m.living;
   for (const Thread& other : m.threads)
@@ -418,7 +430,7 @@ void simt_copy_async(void* shared, const void* global, size_t size, bool read) {
     fail(CALLER, "misaligned: cp_async needs addresses aligned to %zu bytes", size);
   if (read) check_range(global, size, READ, CALLER);
   check_range(shared, size, WRITE, CALLER);
-  m.thread().copies.push_back({shared, global, size, read, m.thread().copy_groups});
+  m.thread().copies.push_back({shared, global, size, read, m.thread().copy_groups, CALLER});
 }
 void simt_commit_copies() { ++m.thread().copy_groups; }
 void simt_wait_for_copies(int groups_left) {
@@ -447,7 +459,7 @@ const char* simt_launch(const Launch* launch) {
   m.random.seed(launch->seed);
   m.failed = false;
   m.error_address = nullptr;
-  m.steps_left = launch->steps;
+  m.steps_left = m.steps_at_last_wake = launch->steps;
 
   std::vector<unsigned char> dynamic(launch->dynamic_shared + 128);
   simt_dynamic_shared = dynamic.data() + -reinterpret_cast<uintptr_t>(dynamic.data()) % 128;
@@ -465,7 +477,10 @@ const char* simt_launch(const Launch* launch) {
   if (launch->check_races) m.memory.open_histories();
 
   m.running = true;
-  run_blocks(*launch);
+  {
+    Watchdog watchdog(wake_up, 0.25);
+    run_blocks(*launch);
+  }
   m.running = false;
 
   m.memory.clear();
