@@ -1,333 +1,325 @@
-"""The simulator finds the bugs that kernels can have: planted ones, each beside its repair."""
+"""The simulator finds what kernels can do wrong: planted bugs, each beside its repair."""
 
 import re
-import textwrap
 
 import numpy as np
 import pytest
 
-pytest.importorskip("tests.simt.fakecupy", reason="the simulator")
-import cupy
-
-from tests import conftest
-from tests.simt import build
+from tests.simt import build, source
+from tests.simt import fakecupy as cupy
 from tests.simt.build import SimtError
 from tests.simt.settings import ORDERS, configure
 
-pytestmark = [
-    pytest.mark.skipif(
-        conftest.HAVE_GPU, reason="a GPU is here: kernels do not run in the simulator"
-    ),
-    pytest.mark.skipif(not build.available(), reason="no g++ to build kernels with"),
-]
-THREADS = 64
+pytestmark = pytest.mark.skipif(not build.available(), reason="no g++ to build kernels with")
 SIZE = 64
 PTX = (build.HERE.parents[1] / "deformable" / "cuda" / "ptx.cuh").read_text()
+HEAD = """\
+{ptx}
+#define PICK(bug, repair) {pick}
+extern "C" __global__ void k(const float* x, float* y, int* i, const __half* h, int n) {{
+  const int t = threadIdx.x, b = blockIdx.x;
+#line 1 "body.cu"
+"""
 
 
-def kernel(body, planted, before=""):
-    """A kernel whose body chooses between BUG and FIX: ``PICK(bug, fix)``."""
-    code = textwrap.dedent(
-        """\
-        {before}
-        extern "C" __global__ void k(const float* x, float* y, int* i, const __half* h, int n) {{
-          const int t = threadIdx.x, b = blockIdx.x;
-        {body}
-        }}
-        """
-    ).format(before=before, body=body)
-    pick = "#define PICK(bug, fix) " + ("bug" if planted else "fix")
-    code = f'{PTX}\n{pick}\n#line 1 "kernel.cu"\n{code}'
-    return cupy.RawModule(code=code).get_function("k")
+def read_planted_bugs():
+    """Name, pattern of the message, launch options and body of each section of the file."""
+    text = (build.HERE / "planted_bugs.cu").read_text()
+    pattern = r"^//// (.*)\n// message: (.*)\n(?:// launch: (.*)\n)?((?:(?!//).*\n?)*)"
+    for name, message, options, body in re.findall(pattern, text, re.M):
+        pairs = (option.split("=") for option in options.split())
+        launch = {key: int(value) if value.isdigit() else value for key, value in pairs}
+        yield pytest.param(message, launch, body, id=name)
 
 
-def launch(function, grid=2, block=THREADS, shared=0):
-    """Run it on x = 0, 1, 2 ..., y not written yet, i = 0, h = 0, n = 64."""
+PLANTED = list(read_planted_bugs())
+
+
+def launch(body, pick, grid=2, block=64, shared=0, order="forward", **settings):
+    """Run a body on x = 0, 1, 2 ..., y not written yet, i = 0 and h = 0; what y is then."""
+    code = HEAD.format(ptx=PTX, pick=pick) + body + "}\n"
     x = cupy.arange(SIZE, dtype="f")
     y = cupy.empty(SIZE, "f")
-    i = cupy.zeros(SIZE, "i")
-    h = cupy.zeros(SIZE, "e")
-    function((grid,), (block,), (x, y, i, h, np.int32(SIZE)), shared_mem=shared)
+    i, h = cupy.zeros(SIZE, "i"), cupy.zeros(SIZE, "e")
+    kernel = cupy.RawModule(code=code).get_function("k")
+    with configure(order=order, **settings):
+        kernel((grid,), (block,), (x, y, i, h, np.int32(SIZE)), shared_mem=shared)
     return y.get()
 
 
-class Bug:
-    def __init__(self, message, body, before="", **launch):
-        self.message, self.body, self.before, self.launch = message, body, before, launch
+def test_there_are_planted_bugs():
+    assert len(PLANTED) > 50
 
 
-BUGS = {
-    # ---- memory
-    "global read past the end": Bug(
-        "out of bounds: read of 4 bytes, 4 bytes past the end of x",
-        "if (t == 5) y[0] = x[PICK(n, n - 1)];  // here",
-        grid=1,
-    ),
-    "global write past the end": Bug(
-        "out of bounds: write of 4 bytes, 8 bytes past the end of y",
-        "if (t == 5) y[n + PICK(1, -1)] = 1;  // here",
-        grid=1,
-    ),
-    "global read before the start": Bug(
-        "out of bounds: read of 4 bytes, 4 bytes before the start of x",
-        "if (t == 5) y[0] = x[PICK(-1, 0)];  // here",
-        grid=1,
-    ),
-    "half read past the end": Bug(
-        "out of bounds: read of 2 bytes, 2 bytes past the end of h",
-        "if (t == 5) y[0] = static_cast<float>(h[PICK(n, n - 1)]);  // here",
-        grid=1,
-    ),
-    "atomic past the end": Bug(
-        "out of bounds: atomic of 4 bytes, 4 bytes past the end of y",
-        "if (t == 5) atomicAdd(y + PICK(n, n - 1), 1.f);  // here",
-        grid=1,
-    ),
-    "vector load over the end": Bug(
-        "out of bounds: read of 4 bytes, 4 bytes past the end of x",
-        "const float4 v = reinterpret_cast<const float4*>(x)[t + PICK(1, 0)];  // here\n"
-        "y[t] = v.x + v.w;",
-        grid=1,
-        block=16,
-    ),
-    "index that wrapped around": Bug(
-        "out of bounds: read of 4 bytes",
-        "const unsigned at = t - PICK(1u, 0u);\nif (t == 0) y[0] = x[at];  // here",
-        grid=1,
-    ),
-    "memcpy over the end": Bug(
-        "out of bounds: read of 1 bytes, 1 bytes past the end of x",
-        "float v[8];\nif (t == 0) memcpy(v, x + n - PICK(7, 8), sizeof v);  // here\n"
-        "if (t == 0) y[0] = v[0];",
-        grid=1,
-    ),
-    "null pointer": Bug(
-        "null pointer used",
-        "const float* from = PICK(nullptr, x);\nif (t == 0) y[0] = *from;  // here",
-        grid=1,
-    ),
-    "write to a const argument": Bug(
-        "write to x, which is read only",
-        "if (t == 0) *const_cast<float*>(PICK(x, y)) = 1;  // here",
-        grid=1,
-    ),
-    "shared memory past its end": Bug(
-        "out of bounds: pointer .* past the end of the variable that it points to",
-        "__shared__ float s[64];\nfloat* to = s;\nto[t + PICK(1, 0)] = 1;  // here",
-    ),
-    "dynamic shared memory past its end": Bug(
-        "out of bounds: write of 4 bytes, 4 bytes past the end of dynamic shared memory",
-        "DYN_SHARED(float, s);\ns[t + PICK(1, 0)] = 1;  // here",
-        shared=4 * THREADS,
-    ),
-    "row of a shared array": Bug(
-        "index outside the array",
-        "__shared__ float s[4][8];\nif (t < 8) s[n / PICK(16, 17)][t] = 1;  // here",
-    ),
-    "local array": Bug(
-        "index outside the array",
-        "float v[4] = {1, 2, 3, 4};\nif (t == 0) y[b] = v[n / PICK(16, 17)];  // here",
-    ),
-    # ---- alignment
-    "vector load misaligned": Bug(
-        "misaligned",
-        "const float4 v = *reinterpret_cast<const float4*>(x + PICK(1, 4));  // here\n"
-        "if (t == 0) y[b] = v.x;",
-    ),
-    "half2 misaligned": Bug(
-        "misaligned",
-        "const half2 v = *reinterpret_cast<const half2*>(h + PICK(1, 2));  // here\n"
-        "if (t == 0) y[b] = v.x;",
-    ),
-    "cp.async misaligned": Bug(
-        "misaligned: cp.async needs addresses aligned to 16 bytes",
-        "__shared__ __align__(16) float s[8];\n"
-        "if (t == 0) cp_async<16>(s, x + PICK(1, 4));  // here\n"
-        "cp_async_commit();\ncp_async_wait<0>();",
-    ),
-    "ldmatrix misaligned": Bug(
-        "misaligned: ldmatrix_x4 needs an address aligned to 16 bytes",
-        "__shared__ __align__(16) __half s[16 * 17];\n"
-        "for (int j = t; j < 16 * 17; j += 32) s[j] = 0;\n__syncwarp();\nu32 r[4];\n"
-        "ldmatrix_x4(r, s + t % 16 * PICK(17, 16));  // here\n",
-        block=32,
-    ),
-    "vector reduction misaligned": Bug(
-        "misaligned: red_add of float4 needs an address aligned to 16 bytes",
-        "red_add(y + PICK(2, 4), make_float4(1, 1, 1, 1));  // here",
-    ),
-    # ---- races
-    "no barrier after filling shared memory": Bug(
-        "race on static shared memory",
-        "__shared__ float s[64];\ns[t] = x[t];  // here\nPICK(, __syncthreads());\n"
-        "const float v = s[63 - t];  // here\nif (b == 0) y[t] = v;",
-    ),
-    "no barrier before filling it again": Bug(
-        "race on static shared memory",
-        "__shared__ float s[64];\nfloat sum = 0;\n"
-        "for (int j = 0; j < 2; ++j) {\n"
-        "  s[t] = x[t] + j;  // here\n"
-        "  __syncthreads();\n  sum += s[63 - t];  // here\n  PICK(, __syncthreads());\n}\n"
-        "if (b == 0) y[t] = sum;",
-    ),
-    "sum without atomics in a block": Bug(
-        "race on i at byte 0",
-        "if (b == 0) PICK(*i += 1, atomicAdd(i, 1));  // here",
-    ),
-    "sum without atomics across blocks": Bug(
-        "race on i at byte 0: (read|write) here, (read|written) by thread 0 of block 0",
-        "if (t == 0) PICK(*i += 1, atomicAdd(i, 1));  // here",
-    ),
-    "atomic and plain access": Bug(
-        "race on i at byte 0: read here, atomic by thread 0",
-        "if (t == 0) atomicAdd(i, 1);\nPICK(, __syncthreads());\n"
-        "if (b == 0 && t == 1) y[0] = *i;  // here",
-        grid=1,
-    ),
-    "two blocks write one element": Bug(
-        "race on y at byte 0: write here, written by thread 0 of block 0",
-        "if (t == 0) y[b * PICK(0, 1)] = 1;  // here",
-    ),
-    "block reads what another wrote": Bug(
-        "race on y at byte 0: read here, written by thread 0 of block 0",
-        "if (t == 0) y[b] = 1;\nif (b == 1 && t == 1) y[2] = y[PICK(0, 3)];  // here",
-    ),
-    "lanes without __syncwarp": Bug(
-        "race on static shared memory",
-        "__shared__ float s[32];\ns[t] = x[t];  // here\nPICK(, __syncwarp());\ny[b * 32 + t] = s[31 - t];  // here",
-        block=32,
-    ),
-    "shuffle in place of __syncwarp": Bug(
-        "race on static shared memory",
-        "__shared__ float s[32];\ns[t] = x[t];  // here\n"
-        "PICK(__shfl_sync(~0u, t, 0), __syncwarp());\ny[b * 32 + t] = s[31 - t];  // here",
-        block=32,
-    ),
-    "__syncwarp between two warps": Bug(
-        "race on static shared memory",
-        "__shared__ float s[64];\ns[t] = x[t];  // here\nPICK(__syncwarp(), __syncthreads());\n"
-        "const float v = s[63 - t];  // here\nif (b == 0) y[t] = v;",
-    ),
-    "copies not waited for before the barrier": Bug(
-        "race on static shared memory",
-        "__shared__ __align__(16) float s[64];\n"
-        "if (t < 16) cp_async<16>(s + 4 * t, x + 4 * t);\ncp_async_commit();\n"
-        "PICK(__syncthreads(), cp_async_wait<0>());\n"
-        "PICK(cp_async_wait<0>(), __syncthreads());  // here\nconst float v = s[63 - t];  // here\n"
-        "if (b == 0) y[t] = v;",
-    ),
-    "copies never committed": Bug(
-        "a cp_async was never waited for",
-        "__shared__ __align__(16) float s[64];\n"
-        "if (t < 16) cp_async<16>(s + 4 * t, x + 4 * t);  // here\n"
-        "PICK(, cp_async_commit());\ncp_async_wait<0>();",
-    ),
-    "copies never waited for": Bug(
-        "a cp_async was never waited for",
-        "__shared__ __align__(16) float s[64];\n"
-        "if (t < 16) cp_async<16>(s + 4 * t, x + 4 * t);  // here\n"
-        "cp_async_commit();\nPICK(, cp_async_wait<0>());",
-    ),
-    # ---- barriers and warps
-    "barrier in a branch": Bug(
-        "barrier divergence: this thread has returned while 32 others wait",
-        "if (t < 32 || PICK(false, true)) __syncthreads();  // here",
-    ),
-    "return before a barrier": Bug(
-        "barrier divergence: __syncthreads of line \\d+ after 44 threads have returned",
-        "if (PICK(t >= 20, false)) return;\n__syncthreads();  // here",
-        order="reversed",
-    ),
-    "two barriers": Bug(
-        "barrier divergence: thread 0 is at the __syncthreads of line \\d+, thread 63 at",
-        "if (PICK(t < 32, true))\n  __syncthreads();  // here\nelse\n  __syncthreads();",
-    ),
-    "barrier in a loop of different lengths": Bug(
-        "barrier divergence",
-        "for (int j = 0; j < PICK(1 + t / 32, 2); ++j)\n  __syncthreads();  // here",
-    ),
-    "lanes at different shuffles": Bug(
-        "warp divergence: lane 0 is at __shfl_xor_sync\\(mask ffffffff\\) of line \\d+, lane 16 at",
-        "int v = t;\nif (PICK(t % 32 < 16, true))\n  v = __shfl_xor_sync(~0u, v, 1);\nelse\n"
-        "  v = __shfl_xor_sync(~0u, v, 2);  // here\nif (b == 0) y[t] = v;",
-    ),
-    "lanes at a shuffle and at a barrier": Bug(
-        "deadlock: thread 0 waits at __shfl_sync of line \\d+, thread 16 at __syncthreads of line",
-        "if (PICK(t % 32 < 16, true)) __shfl_sync(~0u, t, 0);  // here\n__syncthreads();",
-    ),
-    "mask without the caller": Bug(
-        "__shfl_sync of line \\d+: the mask 0000ffff does not name the calling lane 16",
-        "__shfl_sync(PICK(0xffffu, ~0u), t, 0);  // here",
-    ),
-    # ---- loops that do not end
-    "endless loop": Bug(
-        "this launch seems to run for ever",
-        "int j = t;\nwhile (j != PICK(-1, 0)) j = max(j - 1, 0);  // here\nif (b == 0) y[t] = j;",
-    ),
-    "spinning on a flag": Bug(
-        "this launch seems to run for ever",
-        "if (t == 0 && b == 0) while (atomicAdd(i, 0) != PICK(1, 0)) {}  // here",
-    ),
-    "trap": Bug("trap: __trap", "if (n == PICK(64, 65)) __trap();  // here"),
-    # ---- undefined behaviour of numbers
-    "int overflow in a product": Bug(
-        "signed integer overflow in \\*",
-        "if (t == 0 && b == 0) *i = n * n * n * n * PICK(n * n, 1);  // here",
-    ),
-    "int overflow in a sum": Bug(
-        "signed integer overflow in \\+",
-        "if (t == 0 && b == 0) *i = (n << 24) + PICK((n << 24), 1);  // here",
-    ),
-    "negation of INT_MIN": Bug(
-        "signed integer overflow in negation",
-        "const int low = -2147483647 - PICK(n / 64, 0);\nif (t == 0 && b == 0) *i = -low;  // here",
-    ),
-    "division by zero": Bug(
-        "integer division by zero",
-        "if (t == 0 && b == 0) *i = 1 / (n - PICK(64, 63));  // here",
-    ),
-    "shift too far": Bug(
-        "shift by more than the width",
-        "if (t == 0 && b == 0) *i = 1 << (n - PICK(32, 63));  // here",
-    ),
-    "NaN to int": Bug(
-        "NaN or a float outside the integer's range",
-        "if (t == 0 && b == 0) *i = static_cast<int>(PICK(x[0] / x[0], x[1]));  // here",
-    ),
-    "1e30 to int": Bug(
-        "NaN or a float outside the integer's range",
-        "if (t == 0 && b == 0) *i = static_cast<int>(floorf(x[1] * PICK(1e30f, 1.f)));  // here",
-    ),
-    "impossible bool": Bug(
-        "bool or enum with an impossible value",
-        "__shared__ bool s[64];\nif (PICK(false, true)) s[t] = true;\nif (s[t]) y[b] = 1;  // here",
-        block=1,
-    ),
-    "no return value": Bug(
-        "function without its return value|unreachable",
-        "if (t == 0) y[b] = f(n + PICK(0, 1));",
-        before="__device__ float f(int n) {  // here\n  if (n != 64) return 1;\n}",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BUGS)
-def test_planted_bug_is_found_where_it_is(name):
-    bug = BUGS[name]
-    options = dict(bug.launch)
-    with configure(order=options.pop("order", "forward"), steps=1 << 20):
-        with pytest.raises(SimtError, match=bug.message) as error:
-            launch(kernel(bug.body, True, bug.before), **options)
-    lines = f"{bug.before}\n\n\n{bug.body}".split("\n")
-    places = [f"kernel.cu:{line}" for line, text in enumerate(lines, 1) if "// here" in text]
+@pytest.mark.parametrize(("message", "options", "body"), PLANTED)
+def test_planted_bug_is_found_where_it_is(message, options, body):
+    with pytest.raises(SimtError, match=message) as error:
+        launch(body, "bug", steps=1 << 20, **options)
+    places = [n for n, line in enumerate(body.split("\n"), 1) if line.endswith("// here")]
     where = re.search(r"\[block \(\d, 0, 0\) thread \(\d+, 0, 0\)\] at (.*)", str(error.value))
-    assert where and where[1] in places, str(error.value)
+    assert where and where[1] in [f"body.cu:{line}" for line in places], str(error.value)
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", BUGS)
-def test_repaired_bug_runs(name, order):
-    bug = BUGS[name]
-    options = {key: value for key, value in bug.launch.items() if key != "order"}
-    with configure(order=order):
-        launch(kernel(bug.body, False, bug.before), **options)
+@pytest.mark.parametrize(("message", "options", "body"), PLANTED)
+def test_repaired_bug_runs(message, options, body, order):
+    launch(body, "repair", **options | {"order": order})
+
+
+# ---- what was never written is poison, so that results show it
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param("PICK(, y[t] = 1);", id="output"),
+        pytest.param(
+            "__shared__ float s[64];\nPICK(, s[t] = 1);\ny[t] = s[t];", id="shared memory"
+        ),
+        pytest.param("DYN_SHARED(float, s);\nPICK(, s[t] = 1);\ny[t] = s[t];", id="dynamic"),
+        pytest.param(
+            "int v = 1;\nif (t < 32) v = __shfl_sync(PICK(1u << t, ~0u), v, 5);\n"
+            "y[t] = t == 9 && v != 1 ? NAN : 1;",
+            id="lane that is not there",
+        ),
+    ],
+)
+def test_what_nobody_wrote_is_nan(body):
+    options = {"grid": 1, "shared": 256}
+    assert np.isnan(launch(body, "bug", **options)).any()
+    assert (launch(body, "repair", **options) == 1).all()
+
+
+def test_local_variable_without_a_value_is_the_same_garbage_in_every_run():
+    body = "float v[4];\nif (n < 0) v[t % 4] = 1;\ny[t] = v[t % 4] + PICK(0, 0);\n"
+    garbage = launch(body, "bug", grid=1)
+    assert (garbage == np.full(4, 0xFE, np.uint8).view("f")).all()
+
+
+def test_shared_memory_is_forgotten_between_blocks():
+    body = "__shared__ float s[64];\nif (b == 0) s[t] = 1;\nif (b == 1) y[t] = s[t];\n"
+    assert np.isnan(launch(body, "bug")).all()
+
+
+# ---- orders of threads
+
+
+def test_orders_differ():
+    body = "const int place = atomicAdd(i, 1);\ny[place] = 64 * b + t;\n"
+    seen = {order: tuple(launch(body, "", block=32, order=order)) for order in ORDERS}
+    assert seen["forward"] == (*range(32), *range(64, 96))
+    assert seen["reversed"] == seen["forward"][::-1]
+    assert sorted(seen["random"]) == sorted(seen["forward"])
+    assert len(set(seen.values())) == 3
+    assert tuple(launch(body, "", block=32, order="random", seed=1)) not in seen.values()
+
+
+def test_unknown_order_is_refused():
+    with pytest.raises(ValueError, match="order is 'sideways'"), configure(order="sideways"):
+        pass
+
+
+# ---- more than 2**31 elements, of which only those of the last block exist in memory
+
+
+@pytest.mark.parametrize("index", ["int", "long long"])
+def test_index_overflow_is_found_without_the_memory(index):
+    size = 2**31 + 512
+    code = """
+    extern "C" __global__ void k(unsigned char* y, long long size) {
+      const INDEX j = static_cast<INDEX>(blockIdx.x) * blockDim.x + threadIdx.x;
+      if (j < size) y[j] = 1;
+    }"""
+    kernel = cupy.RawModule(code=code, options=(f"-DINDEX={index}",)).get_function("k")
+    y = cupy.zeros(size, np.uint8)
+    with configure(last_blocks=1):
+        if index == "int":
+            with pytest.raises(SimtError, match="out of bounds: write of 1 bytes"):
+                kernel((size // 256,), (256,), (y, np.int64(size)))
+        else:
+            kernel((size // 256,), (256,), (y, np.int64(size)))
+            assert y[-256:].get().tolist() == [1] * 256
+            assert y[-512:-256].get().tolist() == [0] * 256
+
+
+# ---- arguments and launches
+
+
+@pytest.fixture(scope="module")
+def adder():
+    code = """
+    struct Sizes { int rows, columns; float scale; };
+    extern "C" __global__ void __launch_bounds__(128)
+        k(const float* __restrict__ x,  // read, a comment
+          double* y, const Sizes sizes, int n, float s) {
+      if (threadIdx.x == 0) y[0] = x[0] + sizes.rows * 10 + sizes.columns * s + n;
+    }"""
+    return cupy.RawModule(code=code).get_function("k")
+
+
+SIZES = np.dtype([("rows", "i4"), ("columns", "i4"), ("scale", "f4")])
+
+
+def arguments(**changes):
+    values = {
+        "x": cupy.ones(4, "f"),
+        "y": cupy.zeros(4, "d"),
+        "sizes": np.array((2, 3, 0.5), SIZES),
+        "n": np.int32(4),
+        "s": np.float32(5),
+    }
+    return tuple((values | changes).values())
+
+
+def test_arguments_arrive(adder):
+    args = arguments()
+    adder((1,), (1,), args)
+    assert args[1].get()[0] == 1 + 20 + 15 + 4
+
+
+def swapped(names):
+    return np.zeros((), np.dtype([(name, SIZES[name]) for name in names]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("x", lambda: cupy.zeros(4, "d"), "x has dtype float64, the kernel takes a pointer to f4"),
+        ("x", lambda: np.zeros(4, "f"), "x is ndarray, the kernel takes a pointer to f4"),
+        ("x", lambda: cupy.zeros(17, "u1")[1:].view("f"), "x is not aligned to 4 bytes"),
+        ("n", lambda: 4, "n is int64 of 8 bytes, the kernel takes i4"),
+        ("n", lambda: np.uint32(4), "n is uint32 of 4 bytes, the kernel takes i4"),
+        ("s", lambda: 4.0, "s is float64 of 8 bytes, the kernel takes f4"),
+        ("s", lambda: cupy.zeros((), "f"), "s is ndarray, the kernel takes f4"),
+        ("s", lambda: None, "s is NoneType, the kernel takes f4"),
+        (
+            "sizes",
+            lambda: np.zeros((), SIZES)[()],
+            "sizes is void, the kernel takes a struct of 12",
+        ),
+        ("sizes", lambda: np.zeros(2, SIZES), "sizes is ndarray, the kernel takes a struct of 12"),
+        ("sizes", lambda: np.zeros(1, "i4,i4"), "sizes is .* of 8 bytes, .* a struct of 12 bytes"),
+        ("sizes", lambda: swapped(("columns", "rows", "scale")), "sizes has members"),
+    ],
+)
+def test_wrong_argument_is_refused(adder, name, value, message):
+    with pytest.raises(SimtError, match=f"k: argument {message}"):
+        adder((1,), (1,), arguments(**{name: value()}))
+
+
+def test_number_of_arguments_is_checked(adder):
+    with pytest.raises(SimtError, match="k: 4 arguments for 5 parameters"):
+        adder((1,), (1,), arguments()[:4])
+
+
+def test_null_pointer_is_an_argument():
+    code = 'extern "C" __global__ void k(const float* x, float* y) { y[0] = x ? x[0] : 7; }'
+    y = cupy.zeros(1, "f")
+    cupy.RawModule(code=code).get_function("k")((1,), (1,), (None, y))
+    assert y.get() == 7
+
+
+def test_bounds_are_those_of_the_view(adder):
+    code = 'extern "C" __global__ void k(const float* x, float* y, int j) { y[0] = x[j]; }'
+    kernel = cupy.RawModule(code=code).get_function("k")
+    x, y = cupy.arange(10, dtype="f"), cupy.zeros(1, "f")
+    kernel((1,), (1,), (x[2:6], y, np.int32(3)))
+    assert y.get() == 5
+    for beyond in (-1, 4):
+        with pytest.raises(SimtError, match="out of bounds"):
+            kernel((1,), (1,), (x[2:6], y, np.int32(beyond)))
+    kernel((1,), (1,), (x.reshape(5, 2).T[:1], y, np.int32(8)))
+    assert y.get() == 8
+
+
+def test_overlapping_arguments_of_which_one_is_written_are_refused():
+    code = 'extern "C" __global__ void k(const float* x, float* y) { y[0] = x[0]; }'
+    kernel = cupy.RawModule(code=code).get_function("k")
+    x = cupy.zeros(10, "f")
+    kernel((1,), (1,), (x[:5], x[5:]))
+    with pytest.raises(SimtError, match="x and y overlap, and one of them is written"):
+        kernel((1,), (1,), (x[:6], x[5:]))
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "shared", "message"),
+    [
+        ((0,), (32,), 0, "grid is \\(0,\\), no work must not be launched"),
+        ((1,), (0,), 0, "block is \\(0,\\), no work must not be launched"),
+        ((1, 65536), (1,), 0, "grid is \\(1, 65536\\), the limits are"),
+        ((1,), (1, 1, 65), 0, "block is \\(1, 1, 65\\), the limits are"),
+        ((1,), (256,), 0, "256 threads per block, the limit is 128"),
+        ((1,), (32,), 49153, "49153 bytes of dynamic shared memory, the limit is 49152"),
+    ],
+)
+def test_impossible_launch_is_refused(adder, grid, block, shared, message):
+    with pytest.raises(SimtError, match=message):
+        adder(grid, block, arguments(), shared_mem=shared)
+
+
+def test_dynamic_shared_memory_can_be_raised_to_what_the_gpu_has():
+    code = (
+        PTX
+        + """
+    extern "C" __global__ void k(float* y, int n) {
+      DYN_SHARED(float, s);
+      s[n - 1] = 3;
+      y[0] = s[n - 1];
+    }"""
+    )
+    kernel = cupy.RawModule(code=code).get_function("k")
+    y, size = cupy.zeros(1, "f"), 100 << 10
+    kernel.max_dynamic_shared_size_bytes = size
+    kernel((1,), (1,), (y, np.int32(size // 4)), shared_mem=size)
+    assert y.get() == 3
+    with pytest.raises(SimtError, match="232449 bytes of shared memory, 232448 exist"):
+        kernel.max_dynamic_shared_size_bytes = 232449
+
+
+def test_source_errors_are_those_of_the_compiler():
+    with pytest.raises(build.BuildError, match=r"kernel.cu:2:\d+: error"):
+        cupy.RawModule(code='\nextern "C" __global__ void k() { what; }').get_function("k")
+
+
+def test_unknown_kernel_is_refused():
+    with pytest.raises(SimtError, match="there is no kernel l"):
+        cupy.RawModule(code='extern "C" __global__ void k() {}').get_function("l")
+
+
+def test_macros_do_not_reach_the_simulators_own_headers():
+    code = 'extern "C" __global__ void k(T* y) { y[0] = INDEX + FLAG; }'
+    options = ("-DT=float", "-DINDEX=41", "-DFLAG", "-lineinfo")
+    y = cupy.zeros(1, "f")
+    cupy.RawModule(code=code, options=options).get_function("k")((1,), (1,), (y,))
+    assert y.get() == 42
+
+
+# ---- reading source text
+
+
+def test_entries_and_structs_are_read():
+    code = """
+    struct alignas(8) Inner { float value[4]; };
+    struct Sizes {  // comment; int no;
+      int rows, columns;
+      __device__ int size() const { if (rows) { return rows * columns; } return 0; }
+      unsigned long long big;
+    };
+    // extern "C" __global__ void gone(int n) {}
+    extern "C" __global__ void __launch_bounds__(128, 2)
+        first(const float* __restrict__ x,  // in
+              const Sizes sizes, unsigned int n) {}
+    extern "C" __global__ void second() {}
+    """
+    entries = source.entries(code)
+    assert list(entries) == ["first", "second"]
+    assert entries["first"].max_threads == 128 and entries["second"].max_threads == 1024
+    assert [name for _, name in entries["first"].parameters] == ["x", "sizes", "n"]
+    assert entries["first"].parameters[1][0] == "Sizes"
+    assert source.structs(code)["Sizes"] == ["rows", "columns", "big"]
+
+
+def test_lines_know_their_files():
+    code = 'a\n#line 7 "b.cuh"\nb\nc\n#line 3 "a.cu"\nd'
+    lines = [("kernel.cu", 1, "a"), ("b.cuh", 7, "b"), ("b.cuh", 8, "c"), ("a.cu", 3, "d")]
+    assert list(source.lines(code)) == lines

@@ -8,7 +8,7 @@ import re
 
 ENTRY = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\(([^)]*)\)\s*)?(\w+)\s*\(([^)]*)\)")
 STRUCT = re.compile(r"\bstruct\s+(?:alignas\([^)]*\)\s*)?(\w+)\s*\{")
-MEMBERS = re.compile(r"^\s*(?:const\s+)?(?:unsigned\s+|long\s+)*\w+\s+([^(){}=*&<>;]+);", re.M)
+MEMBERS = re.compile(r"(?:[\w:]+\s+)+(\w+(?:\s*,\s*\w+)*)\s*")
 
 
 @dataclasses.dataclass
@@ -41,7 +41,7 @@ def structs(code):
     return {match[1]: _members(_block(code, match.end())) for match in STRUCT.finditer(code)}
 
 
-def place_of_lines(code):
+def lines(code):
     """The (file, line number, text) of each line, as its #line directives say."""
     file, number = "kernel.cu", 1
     for text in code.split("\n"):
@@ -59,20 +59,17 @@ def _without_comments(code):
 
 
 def _block(code, start):
-    """The text from behind an opening brace to its closing one, without the blocks inside."""
-    depth, text = 1, []
+    """The text from behind an opening brace to its closing one; a block inside is but a ``;``"""
+    depth, text = 1, ""
     for character in code[start:]:
         depth += {"{": 1, "}": -1}.get(character, 0)
-        if not depth:
+        if depth == 0:
             break
         if depth == 1:
-            text.append(character)
-    return "".join(text)
+            text += ";" if character == "}" else character
+    return text
 
 
 def _members(body):
-    return [
-        re.match(r"\s*(\w+)", declared)[1]
-        for line in MEMBERS.findall(body.replace("}", "}\n"))
-        for declared in line.split(",")
-    ]
+    declarations = (MEMBERS.fullmatch(statement.strip()) for statement in body.split(";"))
+    return [name for match in declarations if match for name in re.findall(r"\w+", match[1])]

@@ -117,7 +117,8 @@ for _name, _parameters in FUNCTIONS.items():
 def array(obj, dtype=None, copy=True, order="K", ndmin=0):
     if is_native(obj):
         same = not copy and _is(obj, dtype) and obj.ndim >= ndmin
-        return obj if same else wrap(np.array(obj._host, dtype, order=order, ndmin=ndmin))
+        with np.errstate(all="ignore"):
+            return obj if same else wrap(np.array(obj._host, dtype, order=order, ndmin=ndmin))
     if isinstance(obj, list | tuple) and any(is_native(x) for x in obj):
         obj = [x._host if is_native(x) else x for x in obj]
     return wrap(np.array(obj, dtype, order=order, ndmin=ndmin))
@@ -143,7 +144,8 @@ def ascontiguousarray(a, dtype=None):
         raise TypeError(f"Argument 'a' has incorrect type (got {type(a).__name__})")
     if a.ndim and a.flags.c_contiguous and _is(a, dtype):
         return a
-    return wrap(np.ascontiguousarray(a._host, dtype))
+    with np.errstate(all="ignore"):
+        return wrap(np.ascontiguousarray(a._host, dtype))
 
 
 def arange(start, stop=None, step=1, dtype=None):
@@ -303,7 +305,7 @@ def bincount(x, weights=None, minlength=None):
 
 
 def get_array_module(*args):
-    return sys.modules["cupy"] if any(is_native(a) for a in args) else np
+    return sys.modules[__name__] if any(is_native(a) for a in args) else np
 
 
 def result_type(*arrays_and_dtypes):
