@@ -3,8 +3,9 @@
 Only metadata is looked at: nothing here ever reads the values of a device array.
 """
 
+import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -23,9 +24,13 @@ def array_module(array: Array) -> ModuleType:
     return cupy if cupy is not None and isinstance(array, cupy.ndarray) else np
 
 
-def check_library(function: str, arrays: Mapping[str, Array | None]) -> ModuleType:
-    """The one library, and the one device, that all ``arrays`` are of."""
-    given = {name: array for name, array in arrays.items() if array is not None}
+def check_library(
+    function: str, arrays: Mapping[str, Array | None], optional: Collection[str] = ()
+) -> ModuleType:
+    """The one library, and the one device, of all ``arrays``; the ``optional`` ones may be None."""
+    given: dict[str, Any] = {
+        name: a for name, a in arrays.items() if a is not None or name not in optional
+    }
     modules = {}
     for name, array in given.items():
         modules[name] = xp = array_module(array)
@@ -91,32 +96,49 @@ def check_wrt(function: str, wrt: Iterable[str] | None, fields: tuple[str, ...])
     """The gradients to compute: all of ``fields``, or those that ``wrt`` names."""
     if wrt is None:
         return frozenset(fields)
+    if not np.iterable(wrt):
+        raise TypeError(f"{function}: wrt is {wrt!r}, expected some of {', '.join(fields)}")
     names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
     for name in names:
-        if name not in fields:
+        if not isinstance(name, str) or name not in fields:
             raise ValueError(f"{function}: wrt has {name!r}, expected some of {', '.join(fields)}")
     return frozenset(names)
 
 
 def pair(function: str, name: str, value: Pair, least: int) -> tuple[int, int]:
     """``value`` as (height, width), both integers of at least ``least``."""
-    both = tuple(value) if isinstance(value, Iterable) else (value, value)
-    if len(both) != 2 or not all(
-        isinstance(v, int | np.integer) and not isinstance(v, bool) for v in both
-    ):
+    both = tuple(value) if np.iterable(value) else (value, value)
+    if len(both) != 2 or not all(map(_is_integer, both)):
         raise TypeError(f"{function}: {name} is {value!r}, expected an int or a pair of ints")
-    if min(both) < least or max(both) > INT32_MAX:
+    if min(both) < least:
         raise ValueError(f"{function}: {name} is {value!r}, expected at least {least}")
+    if max(both) > INT32_MAX:
+        raise ValueError(f"{function}: {name} is {value!r}, expected at most {INT32_MAX}")
     return int(both[0]), int(both[1])
+
+
+def integer(function: str, name: str, value: int, least: int) -> int:
+    """``value`` as a Python int of at least ``least``."""
+    if not _is_integer(value):
+        raise TypeError(f"{function}: {name} is {value!r}, expected an int")
+    return pair(function, name, value, least)[0]
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def real_number(function: str, name: str, value: float) -> float:
     """``value`` as a finite Python float."""
     if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
         raise TypeError(f"{function}: {name} is {value!r}, expected a number")
-    if not np.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{function}: {name} is {value!r}, expected a finite number")
-    return float(value)
+    return number
 
 
 def compute_dtype(dtype: np.dtype) -> np.dtype:

@@ -25,6 +25,7 @@ from deformable._array import (
     check_shape,
     check_wrt,
     compute_dtype,
+    integer,
     pair,
 )
 
@@ -169,19 +170,19 @@ def conv2d_backward(
              [1., 2., 1.]]]])
     """
     name = "conv2d_backward"
-    g, xp = _check(name, x, weight, bias, stride, padding, dilation, groups, grad_y)
+    g, xp = _check(name, x, weight, bias, stride, padding, dilation, groups, grad_y=grad_y)
     wanted = check_wrt(name, wrt, Conv2dGradients._fields)
     run = _numpy_backward if xp is np else _cuda_backward
     return run(g, grad_y, x, weight, wanted if bias is not None else wanted - {"bias"})
 
 
-def _check(function, x, weight, bias, stride, padding, dilation, groups, grad_y=None):
-    arrays = {"x": x, "weight": weight, "bias": bias}
-    xp = check_library(function, {**arrays, "grad_y": grad_y})
-    check_dtypes(function, arrays, {"grad_y": grad_y})
-    (groups, _) = pair(function, "groups", groups, 1)
+def _check(function, x, weight, bias, stride, padding, dilation, groups, **gradient):
+    data = {"x": x, "weight": weight, "bias": bias}
+    xp = check_library(function, data | gradient, optional=("bias",))
+    check_dtypes(function, data, gradient)
+    groups = integer(function, "groups", groups, 1)
     g = conv_geometry(function, x, weight, bias, stride, padding, dilation, groups)
-    check_shape(function, "grad_y", grad_y, g.out_shape)
+    check_shape(function, "grad_y", gradient.get("grad_y"), g.out_shape)
     return g, xp
 
 

@@ -174,17 +174,17 @@ def deform_conv2d_backward(
     array([[ 1.,  2., -4.]])
     """
     name = "deform_conv2d_backward"
-    g, xp = _check(name, x, offset, weight, bias, stride, padding, dilation, mask, grad_y)
+    g, xp = _check(name, x, offset, weight, bias, stride, padding, dilation, mask, grad_y=grad_y)
     wanted = check_wrt(name, wrt, DeformConv2dGradients._fields)
     wanted -= {key for key, array in (("bias", bias), ("mask", mask)) if array is None}
     run = _numpy_backward if xp is np else _cuda_backward
     return run(g, grad_y, x, offset, weight, mask, wanted)
 
 
-def _check(function, x, offset, weight, bias, stride, padding, dilation, mask, grad_y=None):
+def _check(function, x, offset, weight, bias, stride, padding, dilation, mask, **gradient):
     data = {"x": x, "weight": weight, "bias": bias}
-    real = {"offset": offset, "mask": mask, "grad_y": grad_y}
-    xp = check_library(function, {**data, **real})
+    real = {"offset": offset, "mask": mask} | gradient
+    xp = check_library(function, data | real, optional=("bias", "mask"))
     check_dtypes(function, data, real)
     g = conv_geometry(function, x, weight, bias, stride, padding, dilation)
     size = (g.out_height, g.out_width)
@@ -197,7 +197,7 @@ def _check(function, x, offset, weight, bias, stride, padding, dilation, mask, g
             f"(here {offset_groups}) that divides the {g.channels} channels of x"
         )
     check_shape(function, "mask", mask, (g.batch, offset_groups * g.taps, *size))
-    check_shape(function, "grad_y", grad_y, g.out_shape)
+    check_shape(function, "grad_y", gradient.get("grad_y"), g.out_shape)
     return g._replace(offset_groups=offset_groups), xp
 
 
