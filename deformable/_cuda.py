@@ -110,9 +110,13 @@ def launch(
     """Run kernel ``name`` of ``cuda/file``, compiled for these macros, on the current stream.
 
     An argument is a C-contiguous array, None (a null pointer), a NamedTuple (a struct by value)
-    or an int (``long long``). A macro that is a dtype becomes its C type.
+    or an int (``long long``). A macro that is a dtype becomes its C type. An empty grid is not
+    launched: cupy would run one block.
     """
     import cupy
+
+    if 0 in grid:
+        return
 
     options = tuple(
         f"-D{key}={CTYPE[value.name] if isinstance(value, np.dtype) else value}"

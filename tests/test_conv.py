@@ -117,7 +117,11 @@ def test_wrt_computes_only_what_it_names(xp):
     [
         ({"groups": 2}, ValueError, "weight has shape"),
         ({"groups": 0}, ValueError, "groups is 0, expected at least 1"),
-        ({"groups": (1, 1, 1)}, TypeError, "groups"),
+        ({"groups": (1, 1)}, TypeError, r"groups is \(1, 1\), expected an int"),
+        ({"x": None}, TypeError, "x is NoneType, expected a numpy or cupy array"),
+        ({"weight": None}, TypeError, "weight is NoneType"),
+        ({"stride": np.array(1)}, TypeError, r"stride is array\(1\), expected an int"),
+        ({"stride": 2**31}, ValueError, "stride is 2147483648, expected at most 2147483647"),
         ({"bias": np.zeros(2)}, ValueError, r"bias has shape \(2,\), expected \(3,\)"),
         ({"padding": 2**31}, ValueError, "padding"),
         ({"stride": (1, 0)}, ValueError, r"stride is \(1, 0\)"),
@@ -128,3 +132,28 @@ def test_bad_input_is_named(changes, error, message):
     arguments = {"x": np.zeros((1, 3, 5, 5)), "weight": np.zeros((3, 3, 2, 2))} | changes
     with pytest.raises(error, match=f"conv2d: .*{message}"):
         conv2d(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"grad_y": None}, TypeError, "grad_y is NoneType, expected a numpy or cupy array"),
+        ({"wrt": 5}, TypeError, "wrt is 5, expected some of x, weight, bias"),
+        ({"wrt": [None]}, ValueError, "wrt has None, expected some of x, weight, bias"),
+        ({"wrt": [np.zeros(2)]}, ValueError, "wrt has array"),
+    ],
+)
+def test_bad_input_of_the_backward_is_named(changes, error, message):
+    arguments = {"grad_y": np.zeros((1, 3, 4, 4)), "x": np.zeros((1, 3, 5, 5))}
+    arguments |= {"weight": np.zeros((3, 3, 2, 2))} | changes
+    with pytest.raises(error, match=f"conv2d_backward: {message}"):
+        conv2d_backward(**arguments)
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 3), (3, 0)])
+def test_an_image_without_pixels_may_be_padded(size, xp):
+    x, weight = xp.zeros((2, 1, *size)), xp.ones((1, 1, 3, 3))
+    y = conv2d(x, weight, xp.ones(1), padding=2)
+    assert_array_equal(host(xp, y), np.ones((2, 1, size[0] + 2, size[1] + 2)))
+    grads = conv2d_backward(y, x, weight, padding=2)
+    assert grads.x.shape == x.shape and not host(xp, grads.weight).any()

@@ -317,6 +317,28 @@ def test_a_sample_outside_never_sees_the_image(xp):
     assert not host(xp, y).any()
 
 
+def test_a_nan_gradient_reaches_samples_inside_and_outside_alike(xp):
+    """A sum of products with NaN is NaN, also where the image counts as zero."""
+    grad_y = np.zeros((1, 1, 1, 3))
+    grad_y[..., :2] = np.nan
+    offset = np.zeros((1, 2, 1, 3))
+    offset[:, 1, 0, 0] = -7
+    grads = deform_conv2d_backward(
+        xp.asarray(grad_y), xp.ones((1, 1, 1, 3)), xp.asarray(offset), xp.ones((1, 1, 1, 1))
+    )
+    assert_array_equal(np.isnan(host(xp, grads.offset))[0, :, 0], [[True, True, False]] * 2)
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 3), (3, 0)])
+def test_an_image_without_pixels_may_be_padded(size, xp):
+    x, weight = xp.zeros((2, 1, *size)), xp.ones((1, 1, 3, 3))
+    offset = xp.zeros((2, 18, size[0] + 2, size[1] + 2))
+    y = deform_conv2d(x, offset, weight, xp.ones(1), padding=2)
+    assert_array_equal(host(xp, y), np.ones((2, 1, size[0] + 2, size[1] + 2)))
+    grads = deform_conv2d_backward(y, x, offset, weight, padding=2)
+    assert grads.x.shape == x.shape and not host(xp, grads.offset).any()
+
+
 @pytest.mark.parametrize("field", FIELDS)
 def test_wrt_computes_only_what_it_names(field, xp):
     rng = np.random.default_rng(11)
@@ -414,6 +436,8 @@ ERRORS = {
         "offset has dtype float16, expected float64 or float32",
     ),
     "byte order": (small(x=np.zeros((1, 2, 5, 5), ">f8")), TypeError, "x has dtype >f8"),
+    "no x": (small(x=None), TypeError, "x is NoneType, expected a numpy or cupy array"),
+    "no offset": (small(offset=None), TypeError, "offset is NoneType"),
     "list": (small(x=[[1.0]]), TypeError, "x is list, expected a numpy or cupy array"),
 }
 
@@ -428,6 +452,8 @@ def test_bad_input_is_named(name):
 
 
 def test_bad_gradients_are_named():
+    with pytest.raises(TypeError, match="grad_y is NoneType, expected a numpy or cupy array"):
+        deform_conv2d_backward(None, **small())
     with pytest.raises(
         ValueError, match=r"grad_y has shape \(1, 2, 3, 4\), expected \(1, 2, 3, 3\)"
     ):

@@ -98,8 +98,8 @@ extern "C" __global__ void __launch_bounds__(256, 4)
                                                           id.position, id.tap, c));
     for (int corner = 0; corner < 4; ++corner) {
       const index_t pixel = corner_pixel(s, corner, g.height, g.width);
-      if (pixel < 0) continue;
-      dots[corner] += dot(load(pixels + static_cast<int64>(pixel) * g.channels + c), grad);
+      const int64 at = static_cast<int64>(pixel) * g.channels + c;
+      dots[corner] += dot(pixel < 0 ? zero() : load(pixels + at), grad);
     }
   }
   for (int corner = 0; corner < 4; ++corner) {
