@@ -106,7 +106,7 @@ def deform_conv2d_backward(
         columns[at] = value * scale
         if mask is not None:
             grads["mask"][b, tap, oy, ox] = value @ grad
-        slopes = np.full(2, nan_or_zero(at_y, at_x))
+        slopes = nan_or_zero(at_y, at_x) + 0 * grad.sum() * np.ones(2)  # 0 · NaN, also outside
         for r, c, share, *slope in corners(*x.shape[2:], at_y, at_x):
             grads["x"][b, own[group], r, c] += share * scale * grad
             slopes += (np.abs(slope) if size else np.array(slope)) * (x[b, own[group], r, c] @ grad)

@@ -1,0 +1,390 @@
+"""Random calls of the library's functions, most of them hostile, and what has to come of them.
+
+A call is made from its number alone. It starts as a small legal one; then the values of its arrays,
+their dtypes and how they lie in memory are drawn, and about every third call is spoilt. A call that
+is not spoilt has to answer what the loops of ``reference.py`` do, non-finite where they are; one
+that is spoilt may also be refused, by a TypeError or ValueError that begins with the function's
+name. In no case may it warn, or write into the memory of its arguments.
+
+A new operator is one more entry in ``OPERATORS``.
+"""
+
+import dataclasses
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import deformable
+from deformable._array import compute_dtype
+from deformable.testing import error_bound
+from tests import reference
+from tests.arrays import host
+
+try:
+    from ml_dtypes import bfloat16
+except ImportError:
+    bfloat16 = np.float32
+
+LARGEST = {"float16": 2.0**15, "bfloat16": 2.0**127, "float32": 2.0**127, "float64": 2.0**1023}
+SPACING = {"float16": 2.0**-24}  # of the numbers around 0; those of other dtypes are far closer
+STORAGE = tuple(map(np.dtype, (np.float16, bfloat16, np.float32, np.float64)))
+NON_FINITE = (math.nan, math.inf, -math.inf)
+FAR = (*NON_FINITE, 1e30, -1e30, 2.0**31, -(2.0**31), 2.0**63, -(2.0**63), -1e-30)
+WRONG_NUMBERS = (
+    *(0, -1, 2**31 - 1, 2**31, -(2**31), 2**63, -(2**63), 10**400, True, 1.5, -0.0, 1e300, 1j),
+    *(None, "2", b"2", "xx", (), (1,), (1, 2, 3), (1, -1), (2, 1.0), [1, 2], {1: 2}, object()),
+    *(np.int64(1), np.uint8(2), np.float32(1), np.array([1, 1]), np.array(1), np.array([])),
+)
+WRONG_DTYPES = ("int64", "uint8", "bool", "complex64", ">f4", ">f8", "longdouble", "O")
+DEVICE_DTYPES = WRONG_DTYPES[:4]  # those that cupy has
+WRONG_ARRAYS = (None, 1.0, "x", [[1.0]], (), np.float32(1))
+WRONG_NAMES = (5, ["rois"], "y", [None], [["x"]], 1.5, object())
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """What the fuzz has to know of a function and its backward.
+
+    ``draw(rng)`` answers a legal call: float64 arrays, None where an optional one is absent, and
+    numbers, each a pair where pairs are taken. Offsets and the like have few bits, so that no
+    position is another one in float32 than in float64.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    draw: Callable[[np.random.Generator], tuple[dict, dict]]
+    loops: Callable[..., np.ndarray]
+    loops_backward: Callable[..., dict]
+    storage: tuple[str, ...] = ("x", "weight", "bias")  # arguments that share one dtype
+    positions: tuple[str, ...] = ()  # arguments that say where to look
+
+    @property
+    def name(self):
+        return self.forward.__name__
+
+    @property
+    def gradients(self):
+        """The arguments that have one."""
+        return inspect.signature(self.backward).return_annotation._fields
+
+
+@dataclasses.dataclass
+class Call:
+    """The arguments of a call, and the memory that its arrays are views of."""
+
+    arguments: dict
+    memory: dict
+    spoilt: str = ""  # the argument that is no longer legal, or only by chance
+    hopeless: bool = False  # whether the call must be refused
+
+
+# ---- legal calls
+
+
+def draw_conv2d(rng):
+    n, groups, depth = int(rng.choice((0, 1, 1, 2))), *map(int, rng.integers(1, (3, 5)))
+    kernel, out = rng.integers(1, 4, 2), groups * int(rng.integers(1, 4))
+    size, numbers = draw_plane(rng, kernel)
+    arrays = {
+        "x": rng.normal(size=(n, groups * depth, *size)),
+        "weight": rng.normal(size=(out, depth, *kernel)),
+        "bias": rng.normal(size=out) if rng.random() < 0.7 else None,
+    }
+    return arrays, numbers | {"groups": groups}
+
+
+def draw_deform_conv2d(rng):
+    n, groups, own = int(rng.choice((0, 1, 1, 2))), *map(int, rng.integers(1, 3, 2))
+    kernel, out = rng.integers(1, 4, 2), groups * int(rng.integers(1, 3))
+    size, numbers = draw_plane(rng, kernel)
+    channels, taps = groups * own * int(rng.choice((1, 2, 4))), own * int(kernel.prod())
+    plane = [
+        (side + 2 * padding - dilation * (k - 1) - 1) // stride + 1
+        for side, k, stride, padding, dilation in zip(size, kernel, *numbers.values(), strict=True)
+    ]
+    arrays = {
+        "x": rng.normal(size=(n, channels, *size)),
+        "offset": rng.integers(-48, 48, (n, 2 * taps, *plane)) / 16,
+        "weight": rng.normal(size=(out, channels // groups, *kernel)),
+        "bias": rng.normal(size=out) if rng.random() < 0.7 else None,
+        "mask": rng.normal(size=(n, taps, *plane)) if rng.random() < 0.6 else None,
+    }
+    return arrays, numbers
+
+
+def draw_plane(rng, kernel):
+    """Height and width of an image, now and then 0, and numbers that give it a small output."""
+    size, numbers = [], []
+    for taps in map(int, kernel):
+        stride, padding, dilation = (int(rng.choice(c)) for c in ((1, 2, 5), (0, 1, 3), (1, 2, 4)))
+        least = max(dilation * (taps - 1) + 1 - 2 * padding, 0)
+        size.append(least + stride * int(rng.integers(3)))
+        numbers.append((stride, padding, dilation))
+    stride, padding, dilation = zip(*numbers, strict=True)
+    return size, {"stride": stride, "padding": padding, "dilation": dilation}
+
+
+OPERATORS = {
+    operator.name: operator
+    for operator in (
+        Operator(
+            deformable.conv2d,
+            deformable.conv2d_backward,
+            draw_conv2d,
+            reference.conv2d,
+            reference.conv2d_backward,
+        ),
+        Operator(
+            deformable.deform_conv2d,
+            deformable.deform_conv2d_backward,
+            draw_deform_conv2d,
+            reference.deform_conv2d,
+            reference.deform_conv2d_backward,
+            positions=("offset",),
+        ),
+    )
+}
+
+
+# ---- hostile calls
+
+
+def make(operator, xp, rng):
+    """A call on arrays of ``xp``, with ``grad_y`` and ``wrt`` for the backward."""
+    arrays, numbers = operator.draw(rng)
+    arrays["grad_y"] = rng.normal(size=operator.forward(**arrays, **numbers).shape)
+    storage = STORAGE[rng.integers(len(STORAGE))]
+    beside = beside_of(storage)
+    values = {
+        name: a.astype(storage if name in operator.storage else beside[rng.integers(len(beside))])
+        for name, a in arrays.items()
+        if a is not None
+    }
+    for name, value in values.items():
+        if rng.random() < 0.3:
+            poison(rng, value, FAR if name in operator.positions else NON_FINITE)
+    if rng.random() < 0.2:  # huge numbers in one array only: products of two would overflow
+        name = rng.choice([name for name in values if name not in operator.positions])
+        huge = 1e3 if storage == np.float16 else 1e300 if values[name].dtype == np.float64 else 1e30
+        poison(rng, values[name], (huge, -huge))
+
+    laid = {name: lay(rng, xp, value) for name, value in values.items()}
+    call = Call(
+        {name: laid[name][0] if name in laid else None for name in arrays} | numbers,
+        {name: memory for name, (_, memory) in laid.items()},
+    )
+    if rng.random() < 0.5:
+        call.arguments["wrt"] = [str(name) for name in rng.permuted(operator.gradients)[:2]]
+    if rng.random() < 0.3:
+        SPOILERS[rng.integers(len(SPOILERS))](operator, call, xp, rng)
+    return call
+
+
+def beside_of(storage):
+    """The dtypes that offsets, masks and gradients may have beside arrays of ``storage``."""
+    return (storage, *(d for d in map(np.dtype, (np.float32, np.float64)) if d != storage))
+
+
+def poison(rng, value, choices):
+    """Overwrite up to three elements."""
+    flat = value.reshape(value.size)
+    for _ in range(min(value.size, int(rng.integers(1, 4)))):
+        with np.errstate(over="ignore"):
+            flat[rng.integers(value.size)] = choices[rng.integers(len(choices))]
+
+
+def lay(rng, xp, value):
+    """An array of random strides that holds ``value``, and the memory that it is a view of."""
+    if rng.random() < 0.3:
+        array = xp.asarray(value)
+        return array, array
+    if xp is np and rng.random() < 0.15:  # at an odd address
+        memory = np.zeros(value.nbytes + 1, np.uint8)
+        array = memory[1:].view(value.dtype).reshape(value.shape)
+        array[...] = value
+        return array, memory
+    order = [int(axis) for axis in rng.permutation(value.ndim)]
+    steps = rng.choice((1, 1, 1, -1, 2, -3, 0), value.ndim)
+    before, behind = rng.integers(0, 3, (2, value.ndim))
+    shape, view = [], []
+    for axis in range(value.ndim):
+        length = (value.shape[axis] - 1) * abs(int(steps[axis])) + 1 if value.shape[axis] else 0
+        first, last = int(before[axis]), int(before[axis]) + length - 1
+        shape.append(first + length + int(behind[axis]))
+        if not length:
+            view.append(slice(first, first))
+        elif steps[axis] >= 0:
+            view.append(slice(first, last + 1, max(int(steps[axis]), 1)))
+        else:
+            stop = first - 1
+            view.append(slice(last, stop if stop >= 0 else None, int(steps[axis])))
+    memory = xp.full([shape[axis] for axis in order], np.nan, value.dtype)
+    array = memory.transpose([order.index(axis) for axis in range(value.ndim)])[tuple(view)]
+    array[...] = xp.asarray(value[tuple(slice(0, 1) if s == 0 else slice(None) for s in steps)])
+    array = xp.broadcast_to(array, value.shape)
+    if xp is np and array.flags.writeable and rng.random() < 0.5:
+        array.flags.writeable = False
+    return array, memory
+
+
+def spoil_shape(operator, call, xp, rng):
+    """Other shapes; by chance they may fit."""
+    call.spoilt, array = choose_array(call, xp, rng)
+    axis, other = map(int, rng.integers(array.ndim, size=2))
+    everything = (slice(None),) * axis
+    call.arguments[call.spoilt] = (
+        lambda: array[None],
+        lambda: array[..., None],
+        lambda: array[(*everything, slice(0, -1))],
+        lambda: array[(*everything, slice(0, 0))],
+        lambda: array[(*everything, 0)] if array.shape[axis] else array[None],
+        lambda: xp.concatenate((array, array), axis),
+        lambda: array.swapaxes(axis, other),
+        lambda: array.reshape(array.size),
+        lambda: xp.zeros((), array.dtype),
+    )[rng.integers(9)]()
+
+
+def spoil_dtype(operator, call, xp, rng):
+    """A dtype that is never taken, or one that may not be taken here."""
+    call.spoilt, array = choose_array(call, xp, rng)
+    call.hopeless = rng.random() < 0.7
+    choices = STORAGE if not call.hopeless else WRONG_DTYPES if xp is np else DEVICE_DTYPES
+    with np.errstate(all="ignore"):
+        call.arguments[call.spoilt] = array.astype(choices[rng.integers(len(choices))])
+
+
+def spoil_array(operator, call, xp, rng):
+    """What is no array, or an array of another library."""
+    call.spoilt, array = choose_array(call, xp, rng)
+    call.hopeless = True
+    if "cupy" in sys.modules and rng.random() < 0.4:
+        other = sys.modules["cupy"] if xp is np else np
+        call.arguments[call.spoilt] = other.zeros(array.shape, array.dtype)
+    else:
+        optional = inspect.signature(operator.forward).parameters.get(call.spoilt)
+        first = 1 if optional is not None and optional.default is None else 0
+        call.arguments[call.spoilt] = WRONG_ARRAYS[rng.integers(first, len(WRONG_ARRAYS))]
+
+
+def spoil_number(operator, call, xp, rng):
+    """Numbers that are none, too small or too large; some of them are legal."""
+    names = [name for name, value in call.arguments.items() if isinstance(value, int | tuple)]
+    call.spoilt = names[rng.integers(len(names))]
+    call.arguments[call.spoilt] = WRONG_NUMBERS[rng.integers(len(WRONG_NUMBERS))]
+
+
+def spoil_names(operator, call, xp, rng):
+    """Gradients that there are not."""
+    call.spoilt, call.hopeless = "wrt", True
+    call.arguments["wrt"] = WRONG_NAMES[rng.integers(len(WRONG_NAMES))]
+
+
+SPOILERS = (spoil_shape, spoil_shape, spoil_dtype, spoil_array, spoil_number, spoil_names)
+
+
+def choose_array(call, xp, rng):
+    names = [name for name, value in call.arguments.items() if isinstance(value, xp.ndarray)]
+    name = names[rng.integers(len(names))]
+    return name, call.arguments[name]
+
+
+# ---- what has to come
+
+
+def check(operator, xp, number):
+    """Make call ``number`` and check its results."""
+    call = make(operator, xp, np.random.default_rng(number))
+    before = {name: host(xp, memory).tobytes() for name, memory in call.memory.items()}
+    alone = {k: v for k, v in call.arguments.items() if k not in ("grad_y", "wrt")}
+    y = answer(operator.forward, alone, call)
+    grads = answer(operator.backward, call.arguments, call)
+    for name, memory in call.memory.items():
+        assert host(xp, memory).tobytes() == before[name], f"{name} was written into"
+    if y is not None:
+        check_result("y", xp, call, y, call.arguments["x"].dtype, *expected(operator, xp, alone))
+    if grads is not None:
+        assert y is not None
+        want, size = expected_gradients(operator, xp, call.arguments)
+        chosen = call.arguments.get("wrt")
+        for name, gradient in grads._asdict().items():
+            if name not in want or (chosen is not None and name not in chosen):
+                assert gradient is None, f"{name} has a gradient"
+            else:
+                dtype = call.arguments[name].dtype
+                check_result(name, xp, call, gradient, dtype, want[name], size[name])
+
+
+def answer(function, arguments, call):
+    """What the function returns, or None where it refuses a spoilt call as documented."""
+    spoilt = call.spoilt in arguments
+    try:
+        result = function(**arguments)
+    except (TypeError, ValueError) as error:
+        if not spoilt or not str(error).startswith(f"{function.__name__}: "):
+            raise
+        return None
+    assert not (spoilt and call.hopeless), f"{function.__name__} took a wrong {call.spoilt}"
+    return result
+
+
+def check_result(name, xp, call, have, dtype, want, size):
+    assert isinstance(have, xp.ndarray) and have.dtype == dtype, name
+    assert have.shape == want.shape, f"{name} has shape {have.shape}, expected {want.shape}"
+    for memory in call.memory.values():
+        assert not xp.may_share_memory(have, memory), f"{name} lies in the memory of an argument"
+    have = host(xp, have).astype(np.float64)
+    terms = sum(memory.size for memory in call.memory.values()) + 1
+    storage = call.arguments["x"].dtype
+    # half precision also rounds intermediate results: twice the error of a single rounding
+    bound = error_bound(storage, size, terms) * (2 if storage.itemsize == 2 else 1)
+    bound = np.maximum(bound, error_bound(dtype, size)) + terms * SPACING.get(storage.name, 0)
+    with np.errstate(invalid="ignore"):
+        may_overflow = ~(size < min(LARGEST[dtype.name], LARGEST[storage.name]) / 16)
+        good = np.where(
+            np.isfinite(want), may_overflow | (np.abs(have - want) <= bound), ~np.isfinite(have)
+        )
+    assert good.all(), f"{name}: {have[~good][:4]}, expected {want[~good][:4]}"
+
+
+def expected(operator, xp, arguments):
+    """By the loops: the result, and the sum of the absolute values of its terms."""
+    with np.errstate(all="ignore"):
+        exact = plain(operator, xp, arguments)
+        return operator.loops(**exact), operator.loops(**absolute(operator, exact))
+
+
+def expected_gradients(operator, xp, arguments):
+    of_size = {"size": True} if operator.positions else {}
+    with np.errstate(all="ignore"):
+        exact = plain(operator, xp, {k: v for k, v in arguments.items() if k != "wrt"})
+        return (
+            operator.loops_backward(**exact),
+            operator.loops_backward(**absolute(operator, exact), **of_size),
+        )
+
+
+def plain(operator, xp, arguments):
+    """The arguments as the loops take them: float64, pairs where there may be pairs."""
+    legal = operator.draw(np.random.default_rng(0))[1]
+    sums = compute_dtype(arguments["x"].dtype)  # what 1e300 is infinite in
+    exact = {}
+    for name, value in arguments.items():
+        if isinstance(legal.get(name), tuple):
+            exact[name] = tuple(map(int, value if np.ndim(value) else (value, value)))
+        elif isinstance(value, xp.ndarray):
+            exact[name] = host(xp, value).astype(sums).astype(np.float64)
+        else:
+            exact[name] = value
+    return exact
+
+
+def absolute(operator, exact):
+    return {
+        name: np.abs(a) if isinstance(a, np.ndarray) and name not in operator.positions else a
+        for name, a in exact.items()
+    }
