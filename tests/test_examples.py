@@ -1,0 +1,162 @@
+"""The examples run, keep their promises, and go on where they were stopped."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from deformable import nn
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name):
+    """An example as a module of its own, so that a test may change it."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def scaled_digits():
+    return example("scaled_digits")
+
+
+@pytest.fixture
+def few_digits(scaled_digits, monkeypatch):
+    """scaled_digits with 60 digits and small networks."""
+    data = scaled_digits.load_digits()
+    data.images, data.target = data.images[:60], data.target[:60]
+    monkeypatch.setattr(scaled_digits, "load_digits", lambda: data)
+    small = {"plain": ((4, 6), (2, 2)), "modulated": ((4, 6), (2, 2), 1, True)}
+    monkeypatch.setattr(scaled_digits, "NETWORKS", small | {"plain, wider": ((5, 8), (2, 2))})
+    return scaled_digits
+
+
+@pytest.mark.parametrize("options", [["--rotate", "60"], ["--offsets-only"]])
+def test_scaled_digits_does_what_it_claims(options, scaled_digits, tmp_path, capsys):
+    scaled_digits.main(["--quick", "--out", str(tmp_path), *options])
+    table = capsys.readouterr().out
+    if "--offsets-only" in options:
+        assert "offsets trained" in table
+    else:
+        assert "modulated, layer 2 of 2" in table
+        assert (tmp_path / "sampling-points-60.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("options", [[], ["--offsets-only"]])
+@pytest.mark.parametrize("killed_at", [0, 1, 3, 9, 11])
+def test_scaled_digits_resumed_ends_as_if_never_stopped(
+    options, killed_at, few_digits, tmp_path, capsys, monkeypatch
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run = ["--epochs", "3", *options, "--out"]
+    few_digits.main([*run, str(whole)])
+    expected = capsys.readouterr().out.replace(str(whole), str(parts))
+
+    step = nn.Optimizer.step
+    steps = iter(range(killed_at))
+
+    def killed(optimizer):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        step(optimizer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Optimizer, "step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            few_digits.main([*run, str(parts)])
+    capsys.readouterr()
+    few_digits.main([*run, str(parts), "--resume"])
+    assert capsys.readouterr().out == expected
+
+    for path in whole.glob("*.npz"):
+        with np.load(path) as want, np.load(parts / path.name) as have:
+            assert have.files == want.files
+            for name in want.files:
+                assert_array_equal(have[name], want[name])
+
+
+def test_scaled_digits_resumed_at_the_end_trains_nothing(few_digits, tmp_path, monkeypatch):
+    run = ["--epochs", "1", "--out", str(tmp_path)]
+    few_digits.main(run)
+    monkeypatch.delattr(nn.Optimizer, "step")
+    few_digits.main([*run, "--resume"])
+    with pytest.raises(AttributeError):
+        few_digits.main(run)
+
+
+def test_scaled_digits_runs_on_a_gpu(few_digits, tmp_path, xp, capsys):
+    device = "cpu" if xp is np else "gpu"
+    few_digits.main(["--epochs", "1", "--device", device, "--out", str(tmp_path)])
+    assert "modulated" in capsys.readouterr().out
+
+
+def test_scaled_digits_reads_mnist(few_digits, monkeypatch):
+    class Mnist:
+        data = np.repeat(np.arange(12), 28 * 28).reshape(12, 28 * 28)
+        target = np.array([str(i % 10) for i in range(12)])
+
+    monkeypatch.setattr(few_digits, "fetch_openml", lambda name, as_frame: Mnist)
+    args = type("Arguments", (), {"mnist": True, "rotate": 0.0})
+    learned, tested = few_digits.split_digits(args, 0, np)
+    assert [digits.images.shape for digits in (learned, tested)] == [(10, 14, 14), (2, 14, 14)]
+    for digits in learned, tested:
+        assert_array_equal(np.round(digits.images[:, 0, 0] * 255) % 10, digits.labels)
+
+
+def test_digits_are_placed_where_and_as_large_as_said(scaled_digits):
+    blobs = np.zeros((1, 8, 8))
+    blobs[0, 1:7, 1:7] = 1  # centred, hence so is its image
+    digits = scaled_digits.Digits(np.repeat(blobs, 50, axis=0), np.arange(50), 60.0, np)
+    scenes = digits.place(np.random.default_rng(0))
+    assert_array_equal(np.sort(scenes.labels), np.arange(50))
+    mass = scenes.x[:, 0].astype(np.float64)
+    total = mass.sum(axis=(1, 2))
+    grid = np.mgrid[:24, :24]
+    centres = np.stack([(mass * axis).sum(axis=(1, 2)) / total for axis in grid], axis=1)
+    assert abs(centres - scenes.centre).max() <= 0.5
+    # bilinear sampling rounds 6 x 6 pixels to an area between these two
+    area = total * (8 / scenes.side) ** 2
+    assert area.min() >= 30
+    assert area.max() <= 42
+
+
+def test_effective_dilation_is_the_spacing_of_the_taps(scaled_digits):
+    for spacing in (1.0, 2.5):
+        offsets = ((spacing - 1) * (scaled_digits.TAPS - 1)).reshape(1, 18, 1, 1)
+        dilation = scaled_digits.effective_dilation(np.tile(offsets + 0.0, (2, 1, 4, 5)))
+        assert dilation.shape == (2, 4, 5)
+        assert abs(dilation - spacing).max() <= 1e-12
+    stretched = scaled_digits.TAPS * [0.0, 2.0]  # along x only: 6 pairs of 12 are 3 pixels long
+    assert abs(scaled_digits.effective_dilation(stretched.reshape(1, 18, 1, 1)) - 2) <= 1e-12
+
+
+def stack(scaled_digits, shift):
+    """Two deformable layers, of strides 2 and 1, whose offsets are all `shift`."""
+    net = scaled_digits.network(np.random.default_rng(0), (2, 3, 4), (2, 2, 1), deformable=2)
+    for layer in net.layers:
+        if isinstance(layer, nn.DeformConv2d):
+            layer.offset_conv.bias.data = np.tile(np.float32(shift), 9)
+    return net
+
+
+def test_sampling_points_of_regular_layers_are_their_regular_grid(scaled_digits):
+    middle, points = scaled_digits.sampling_points(
+        stack(scaled_digits, [0, 0]), np.ones((1, 1, 24, 24), np.float32), (2, 3)
+    )
+    assert middle.tolist() == [8, 12]  # two strides of 2
+    taps = np.mgrid[-1:2, -1:2].reshape(2, 9).T
+    expected = 2 * ((2 * taps[:, None] + taps) + [4, 6])
+    assert_array_equal(points, expected.reshape(81, 2))
+
+
+def test_sampling_points_add_up_over_the_layers(scaled_digits):
+    x = np.ones((1, 1, 24, 24), np.float32)
+    _, regular = scaled_digits.sampling_points(stack(scaled_digits, [0, 0]), x, (2, 3))
+    _, points = scaled_digits.sampling_points(stack(scaled_digits, [0.25, -0.5]), x, (2, 3))
+    # the last layer's shift counts 4 image pixels each, that of the one below it 2
+    assert_array_equal(points - regular, np.tile([6 * 0.25, 6 * -0.5], (81, 1)))
