@@ -102,13 +102,14 @@ def draw_deform_conv2d(rng):
     kernel, out = rng.integers(1, 4, 2), groups * int(rng.integers(1, 3))
     size, numbers = draw_plane(rng, kernel)
     channels, taps = groups * own * int(rng.choice((1, 2, 4))), own * int(kernel.prod())
+    step = rng.choice((1, 16))  # on the pixels, and on the border, every other time
     plane = [
         (side + 2 * padding - dilation * (k - 1) - 1) // stride + 1
         for side, k, stride, padding, dilation in zip(size, kernel, *numbers.values(), strict=True)
     ]
     arrays = {
         "x": rng.normal(size=(n, channels, *size)),
-        "offset": rng.integers(-48, 48, (n, 2 * taps, *plane)) / 16,
+        "offset": rng.integers(-48, 48, (n, 2 * taps, *plane)) // step * step / 16,
         "weight": rng.normal(size=(out, channels // groups, *kernel)),
         "bias": rng.normal(size=out) if rng.random() < 0.7 else None,
         "mask": rng.normal(size=(n, taps, *plane)) if rng.random() < 0.6 else None,
