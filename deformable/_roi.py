@@ -1,0 +1,500 @@
+"""Where a RoI lies, where its bins look and what a pixel weighs there: twin of ``cuda/roi.cuh``.
+
+All operators of the family cut a RoI into bins. Along an axis a bin holds a run of samples, evenly
+spaced, and a sample at t sees the pixel p with the weight of a hat, max(0, 1 − |p − t|). Whether
+a sample counts and where it is clamped is a matter of one axis too. So a bin's average is an outer
+product of two short vectors, each a sum of hats, and an operator that averages is one sparse matrix
+whose rows are its bins:
+
+    y = S @ image        gradient of the image = S.T @ gradient of y
+
+The sum of hats takes no loop over the samples. m samples in the cell [q, q + 1), whose fractions
+add up to F, give m − F to pixel q and F to pixel q + 1, and moved to the right they take m from
+the one and give it to the other. Samples being evenly spaced, m is a difference of two counts and
+F is m times the fraction of the middle one: a RoI of a million pixels costs what its pixels inside
+of the image do.
+
+Positions are computed in float64, whatever the arrays hold: how many samples a bin has, and which
+of them are inside, jumps.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from deformable._array import (
+    INT32_MAX,
+    Array,
+    Pair,
+    array_module,
+    channels_first,
+    check_dtypes,
+    check_library,
+    check_shape,
+    pair,
+    real_number,
+)
+
+BLOCK_BYTES = 2 << 20  # of a sparse matrix and its product alive: about what a core's caches hold
+ENTRY_BYTES = 32  # of an entry of a matrix, while it is made
+
+
+class RoIGeometry(NamedTuple):
+    """All sizes of a RoI operator; kernels get it by value as the struct of the same fields."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    rois: int
+    pooled_h: int
+    pooled_w: int
+    group_h: int  # bins along y that see channels of their own
+    group_w: int
+    sampling_h: int  # samples of a bin along y; below 1: one per pixel
+    sampling_w: int
+    classes: int  # equal shares of the output's channels with offsets of their own
+    part_h: int  # offsets along y
+    part_w: int
+    spatial_scale: float
+    gamma: float
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels // (self.group_h * self.group_w)
+
+    @property
+    def depth(self) -> int:
+        """Channels that share a bin's weights."""
+        return self.out_channels // self.classes
+
+    @property
+    def planes(self) -> int:
+        """Groups of ``depth`` channels in a pixel."""
+        return self.group_h * self.group_w * self.classes
+
+    @property
+    def bins(self) -> int:
+        """Bins of a RoI, one per class."""
+        return self.pooled_h * self.pooled_w * self.classes
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        return self.rois, self.out_channels, self.pooled_h, self.pooled_w
+
+
+class Rule(NamedTuple):
+    """How an operator places RoIs and samples; kernels get it as RoIGeometry."""
+
+    rounding: int  # of the corners: NONE, in the IMAGE, or on the feature MAP after scaling
+    shift: float  # of the corners to the upper left, in pixels of the map
+    least: float  # a RoI's smallest height and width
+    whole: int  # bins hold all pixels that they touch, instead of samples
+    phase: float  # of the first sample, in steps after the bin's start
+    margin: float  # how far outside of the outermost pixels a sample still counts
+    kept: int  # the sum is divided by the samples that count, instead of by all
+
+
+NONE, IMAGE, MAP = range(3)
+
+
+class RoIGradients(NamedTuple):
+    """Gradients of an operator without offsets."""
+
+    x: Array | None
+
+
+def roi_geometry(
+    function: str,
+    x: Array,
+    rois: Array,
+    output_size: Pair,
+    spatial_scale: float,
+    *,
+    group_size: Pair = 1,
+    sampling_ratio: Pair = -1,
+    gamma: float = 0.0,
+    **others: Array | None,
+) -> RoIGeometry:
+    """The sizes of a RoI operator, its arguments checked, but for the shape of an offset.
+
+    ``others`` are the arrays grad_y, offset and mask, of which the last two may be None.
+    """
+    real = {"rois": rois, **others}
+    check_library(function, {"x": x, **real}, optional=("offset", "mask"))
+    check_dtypes(function, {"x": x}, real)
+    pooled_h, pooled_w = pair(function, "output_size", output_size, 1)
+    group_h, group_w = pair(function, "group_size", group_size, 1)
+    sampling_h, sampling_w = pair(function, "sampling_ratio", sampling_ratio, -INT32_MAX)
+    check_shape(function, "x", x, ("N", "C", "H", "W"))
+    check_shape(function, "rois", rois, ("K", 5))
+    n, c, h, w = x.shape
+    if min(c, h, w) < 1:
+        raise ValueError(
+            f"{function}: x has shape {x.shape}, expected at least one channel, row and column"
+        )
+    if c % (group_h * group_w):
+        raise ValueError(
+            f"{function}: x has shape {x.shape}, expected a number of channels that is divisible "
+            f"by {group_h} x {group_w} groups"
+        )
+    g = RoIGeometry(
+        batch=n, channels=c, height=h, width=w,
+        rois=rois.shape[0], pooled_h=pooled_h, pooled_w=pooled_w,
+        group_h=group_h, group_w=group_w, sampling_h=sampling_h, sampling_w=sampling_w,
+        classes=1, part_h=0, part_w=0,
+        spatial_scale=real_number(function, "spatial_scale", spatial_scale),
+        gamma=real_number(function, "gamma", gamma),
+    )  # fmt: skip
+    check_shape(function, "mask", others.get("mask"), (g.rois, g.pooled_h, g.pooled_w))
+    check_shape(function, "grad_y", others.get("grad_y"), g.out_shape)
+    return g
+
+
+# ---- layouts
+
+
+def arrange(x: Array, g: RoIGeometry, dtype: np.dtype) -> Array:
+    """The image as rows (N · H · W · planes, depth): what a bin sees of a pixel lies together."""
+    split = x.reshape(g.batch, g.out_channels, g.group_h, g.group_w, g.height, g.width)
+    rows = array_module(x).ascontiguousarray(split.transpose(0, 4, 5, 2, 3, 1), dtype=dtype)
+    return rows.reshape(g.batch * g.height * g.width * g.planes, g.depth)
+
+
+def image_from_rows(rows: Array, g: RoIGeometry) -> Array:
+    """The inverse of :func:`arrange`: it lies channels-last."""
+    split = rows.reshape(g.batch, g.height, g.width, g.group_h, g.group_w, g.out_channels)
+    image = split.transpose(0, 1, 2, 5, 3, 4).reshape(g.batch, g.height, g.width, g.channels)
+    return channels_first(image)
+
+
+def empty_image(g: RoIGeometry, dtype: np.dtype) -> np.ndarray:
+    """An arranged image of zeros."""
+    return np.zeros((g.batch * g.height * g.width * g.planes, g.depth), dtype)
+
+
+def output_from_rows(rows: Array, g: RoIGeometry) -> Array:
+    """Rows (K · bins, depth) seen as (K, channels, PH, PW)."""
+    return rows.reshape(g.rois, g.pooled_h, g.pooled_w, g.out_channels).transpose(0, 3, 1, 2)
+
+
+def output_rows(grad_y: Array, g: RoIGeometry, dtype: np.dtype) -> Array:
+    """The inverse of :func:`output_from_rows`, contiguous."""
+    rows = array_module(grad_y).ascontiguousarray(grad_y.transpose(0, 2, 3, 1), dtype=dtype)
+    return rows.reshape(g.rois * g.bins, g.depth)
+
+
+def mask_rows(mask: np.ndarray | None, g: RoIGeometry) -> np.ndarray:
+    """The mask of every row, ones where there is none."""
+    if mask is None:
+        return np.ones(g.rois * g.bins)
+    return np.repeat(mask.astype(np.float64).ravel(), g.classes)
+
+
+# ---- the geometry of a RoI and of a bin
+
+
+class Boxes(NamedTuple):
+    """RoIs on the feature map: (K,) each."""
+
+    image: np.ndarray
+    y: np.ndarray
+    x: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+
+
+def boxes(function: str, g: RoIGeometry, rule: Rule, rois: np.ndarray) -> Boxes:
+    """Where the RoIs lie; their values are checked here."""
+    rois = rois.astype(np.float64)
+    image = np.trunc(rois[:, 0])
+    valid = np.isfinite(rois).all(axis=1) & (image >= 0) & (image < g.batch)
+    if not valid.all():
+        bad = int(valid.argmin())
+        raise ValueError(
+            f"{function}: rois[{bad}] is {rois[bad].tolist()}, expected finite numbers and an "
+            f"image index in [0, {g.batch})"
+        )
+    first, last = rois[:, 1:3], rois[:, 3:5]
+    if rule.rounding == IMAGE:
+        first, last = _round(first), _round(last) + 1
+    first, last = first * g.spatial_scale, last * g.spatial_scale
+    if rule.rounding == MAP:
+        first, last = _round(first), _round(last) + 1
+    first, last = first - rule.shift, last - rule.shift
+    size = np.maximum(last - first, rule.least)
+    return Boxes(image.astype(np.int64), first[:, 1], first[:, 0], size[:, 1], size[:, 0])
+
+
+def _round(v: np.ndarray) -> np.ndarray:
+    """To the nearest integer, half away from zero, as ``round`` of C (np.rint: half to even)."""
+    whole = np.trunc(v)
+    return whole + np.copysign(np.abs(v - whole) >= 0.5, v)
+
+
+class Runs(NamedTuple):
+    """Runs of evenly spaced samples along one axis: (runs,) each, float64.
+
+    Sample i lies at start + (i + phase) · extent / total. Those in [first, end) count; of these
+    the ones in [inner, outer) lie between two pixels, the others are clamped to an outermost one.
+    """
+
+    start: np.ndarray
+    extent: np.ndarray
+    total: np.ndarray
+    phase: float
+    size: int
+    first: np.ndarray
+    inner: np.ndarray
+    outer: np.ndarray
+    end: np.ndarray
+    pixel: np.ndarray  # the first one that a run sees
+    pixels: np.ndarray  # how many it sees at most
+    backwards: np.ndarray  # sample 0 is the last one by the definition
+
+    def take(self, chosen: np.ndarray | slice) -> "Runs":
+        return Runs._make(a[chosen] if isinstance(a, np.ndarray) else a for a in self)
+
+    def position(self, i: np.ndarray) -> np.ndarray:
+        return self.start + (i + self.phase) * self.extent / self.total
+
+    def before(self, q: np.ndarray | float) -> np.ndarray:
+        """How many samples lie before q: a quotient, then set right by the positions next to it."""
+        i = np.ceil((q - self.start) * (self.total / self.extent) - self.phase)
+        i = np.fmin(np.fmax(i, 0), self.total)  # NaN where all samples are at q
+        i -= self.position(i - 1) >= q
+        i += self.position(i) < q
+        return np.clip(i, 0, self.total)
+
+    def taps(self, dtype: np.dtype, slopes: bool = False) -> "Taps":
+        """What the pixels weigh that each run sees and, on demand, the slopes of the weights."""
+        reach = np.where(self.pixels > 0, self.pixels + 2, 0).astype(np.int64)
+        owner = np.repeat(np.arange(len(reach)), reach)
+        run = self.take(owner)
+        step = spread(np.full_like(reach, -1), reach)  # from one pixel before to one after
+        at = run.pixel + step
+        before = np.clip(run.before(at), run.inner, run.outer)
+        after = np.roll(before, -1)
+        samples = after - before  # of the cell to the right of a pixel
+        right = samples * (run.position((before + after - 1) / 2) - at)
+        slope = np.roll(samples, 1) - samples
+        weight = np.roll(right, 1) + (samples - right)
+        weight += np.where(at == 0, run.inner - run.first, 0)
+        weight += np.where(at == self.size - 1, run.end - run.outer, 0)
+        seen = (weight != 0) | (slope != 0) if slopes else weight != 0
+        seen &= (step >= 0) & (step < run.pixels)
+        length = np.bincount(owner[seen], minlength=len(reach))
+        return Taps(
+            np.cumsum(length) - length,
+            length,
+            at[seen].astype(np.int64),
+            weight[seen].astype(dtype),
+            slope[seen].astype(dtype) if slopes else None,
+        )
+
+
+def make_runs(
+    start: np.ndarray, extent: np.ndarray, total: np.ndarray, rule: Rule, size: int
+) -> Runs:
+    """Runs of which the samples in [−margin, size − 1 + margin] count."""
+    start, extent, total = (a.ravel() for a in np.broadcast_arrays(start, extent, total))
+    # a RoI that ends before it begins has the same samples, counted from the other end
+    backwards = extent < 0
+    start, extent = np.where(backwards, start + extent, start), np.abs(extent)
+    run = Runs(
+        start, extent, total, rule.phase, size, start, start, start, start, start, start, backwards
+    )
+    first = run.before(-rule.margin)
+    end = run.before(np.nextafter(size - 1 + rule.margin, np.inf))
+    inner = np.clip(run.before(0), first, end)
+    outer = np.clip(run.before(size - 1), inner, end)
+    pixel, last = (
+        np.fmin(np.fmax(np.floor(run.position(i)) + step, 0), size - 1)
+        for i, step in ((first, 0), (end - 1, 1))
+    )
+    pixels = np.where(end > first, last - pixel + 1, 0)
+    return run._replace(first=first, inner=inner, outer=outer, end=end, pixel=pixel, pixels=pixels)
+
+
+class Bins(NamedTuple):
+    """Where the bins of all RoIs look. They are the rows of an operator.
+
+    Rows are in the order (RoI, bin's row, bin's column, class). Bins that offsets shift have runs
+    of their own, others share those of their row and of their column.
+    """
+
+    image: np.ndarray  # (rows,)
+    y: Runs
+    x: Runs
+    run_y: np.ndarray  # (rows,): which of the runs
+    run_x: np.ndarray
+    plane: np.ndarray  # (rows,): which group of channels
+
+    def means(self, rule: Rule) -> np.ndarray:
+        """The factors that make sums of samples means, (rows,)."""
+        y, x = ((a.end - a.first) if rule.kept else a.total for a in (self.y, self.x))
+        return 1 / np.maximum(y[self.run_y] * x[self.run_x], 1)
+
+    def lost(self) -> np.ndarray:
+        """Whether a position is NaN, (rows,)."""
+        return np.isnan(self.y.start[self.run_y] + self.x.start[self.run_x])
+
+    def pattern(
+        self, g: RoIGeometry, seen: slice, dtype: np.dtype, slopes: bool = False
+    ) -> "Pattern":
+        """The matrices on the rows ``seen`` of the arranged image, from the first image on."""
+        y, x = self.y.taps(dtype, slopes), self.x.taps(dtype, slopes)
+        width = seen.stop - seen.start
+        index_type = np.int32 if width <= INT32_MAX else np.int64
+        lines, entries = y.length[self.run_y], x.length[self.run_x]
+        start = np.zeros(len(lines) + 1, index_type)
+        np.cumsum(lines * entries, out=start[1:])
+        row = np.repeat(np.arange(len(lines)), lines)
+        line = spread(y.first[self.run_y], lines)
+        length = entries[row]
+        entry = spread(x.first[self.run_x][row], length)
+        first = (self.image[row] * g.height + y.pixel[line]) * g.width * g.planes + self.plane[row]
+        column = np.repeat(first.astype(index_type), length)
+        column += (x.pixel * g.planes).astype(index_type)[entry]
+        return Pattern(y, x, row, line, length, entry, column, start, width)
+
+
+def make_bins(g: RoIGeometry, rule: Rule, box: Boxes, offset: np.ndarray | None = None) -> Bins:
+    """The bins of ``box``, shifted by ``offset``."""
+    row = np.arange(g.rois * g.bins)
+    if offset is None:
+        run_y, run_x = row // g.pooled_w, row // g.bins * g.pooled_w + row % g.pooled_w
+        shift_y = shift_x = None
+    else:
+        run_y = run_x = row
+        shift_y, shift_x = shifts(g, box, offset)
+    y = _along(rule, box.y, box.height, g.pooled_h, g.sampling_h, g.height, shift_y, (2, 3))
+    x = _along(rule, box.x, box.width, g.pooled_w, g.sampling_w, g.width, shift_x, (1, 3))
+
+    group_y = np.arange(g.pooled_h) * g.group_h // g.pooled_h
+    group_x = np.arange(g.pooled_w) * g.group_w // g.pooled_w
+    plane = (group_y[:, None, None] * g.group_w + group_x[:, None]) * g.classes
+    plane = np.tile((plane + np.arange(g.classes)).ravel(), g.rois)
+    return Bins(np.repeat(box.image, g.bins), y, x, run_y, run_x, plane)
+
+
+def _along(rule, origin, length, pooled, sampling, size, shift, axes):
+    """The runs of the bins along one axis; ``axes`` of a shift (K, PH, PW, classes) are others."""
+    origin, step = origin[:, None], length[:, None] / pooled
+    p = np.arange(pooled)
+    if rule.whole:
+        base = origin if rule.rounding == MAP else 0
+        first = np.floor(p * step + (origin - base)) + base
+        last = np.ceil((p + 1) * step + (origin - base)) + base
+        first, last = (np.fmin(np.fmax(pixel, 0), size) for pixel in (first, last))
+        total = np.maximum(last - first, 0)
+        return make_runs(first, total, total, rule, size)
+    start = origin + p * step
+    total = np.fmax(np.ceil(step), 0) if sampling < 1 else np.full_like(step, sampling)
+    if shift is not None:
+        start = np.expand_dims(start, axes) + shift
+        step, total = step[:, :, None, None], total[:, :, None, None]
+    return make_runs(start, step, total, rule, size)
+
+
+def shifts(g: RoIGeometry, box: Boxes, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far offsets move the bins along y and along x: (K, PH, PW, classes) each."""
+    part_y, part_x = parts(g)
+    by = offset.astype(np.float64)[:, :, part_y[:, None], part_x]
+    by = by.reshape(g.rois, g.classes, 2, g.pooled_h, g.pooled_w)
+    by_x, by_y = by.transpose(2, 0, 3, 4, 1)
+
+    def shift(by, size):
+        # an infinite offset is far outside, also where gamma or the size of the RoI is 0
+        return np.where(np.isinf(by), by, by * (g.gamma * size)[:, None, None, None])
+
+    return shift(by_y, box.height), shift(by_x, box.width)
+
+
+def parts(g: RoIGeometry) -> tuple[np.ndarray, np.ndarray]:
+    """Which row of the offsets moves each row of bins, and which column each column."""
+    part_y = np.arange(g.pooled_h) * g.part_h // g.pooled_h
+    return part_y, np.arange(g.pooled_w) * g.part_w // g.pooled_w
+
+
+# ---- bins as rows of a sparse matrix
+
+
+class Taps(NamedTuple):
+    """What runs see: for each a list of pixels along the axis, their weights and their slopes."""
+
+    first: np.ndarray  # (runs,): where its list begins
+    length: np.ndarray  # (runs,)
+    pixel: np.ndarray
+    weight: np.ndarray
+    slope: np.ndarray | None
+
+
+def spread(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """The ranges [first, first + count), one after the other."""
+    end = np.cumsum(count)
+    return np.repeat(first - (end - count), count) + np.arange(count.sum())
+
+
+class Pattern(NamedTuple):
+    """Sparse matrices of one pattern: row by row, outer products of taps along y and along x.
+
+    A row consists of lines, one for each of its taps along y.
+    """
+
+    y: Taps
+    x: Taps
+    row: np.ndarray  # (lines,)
+    line: np.ndarray  # (lines,): tap along y
+    length: np.ndarray  # (lines,): entries
+    entry: np.ndarray  # (entries,): tap along x
+    column: np.ndarray  # (entries,)
+    start: np.ndarray  # (rows + 1,)
+    width: int
+
+    def matrix(
+        self, scale: np.ndarray | None = None, y: str = "weight", x: str = "weight"
+    ) -> csr_array:
+        """Of the weights or the slopes along each axis, every row multiplied by its ``scale``."""
+        line = getattr(self.y, y)[self.line]
+        if scale is not None:
+            line *= scale.astype(line.dtype)[self.row]
+        data = np.repeat(line, self.length) * getattr(self.x, x)[self.entry]
+        return csr_array((data, self.column, self.start), shape=(len(self.start) - 1, self.width))
+
+
+def blocks(
+    g: RoIGeometry, at: Bins, size: np.ndarray, limit: int = 0
+) -> Iterator[tuple[slice, slice, Bins]]:
+    """Blocks of RoIs: their rows, the rows of the arranged image that they see, and their bins.
+
+    The ``size`` in bytes of the rows adds up to ``BLOCK_BYTES``, or to ``limit`` if that is more.
+    The bins count images from the first one seen.
+    """
+    ends = np.cumsum(size.reshape(g.rois, g.bins).sum(axis=1))
+    limit = max(limit, BLOCK_BYTES)
+    runs_y, runs_x = (len(run.start) // max(g.rois, 1) for run in (at.y, at.x))
+    pixels = g.height * g.width * g.planes
+    stop = 0
+    while stop < g.rois:
+        first, used = stop, ends[stop - 1] if stop else 0
+        stop = max(stop + 1, int(np.searchsorted(ends, used + limit, "right")))
+        rows = slice(first * g.bins, stop * g.bins)
+        image = at.image[rows]
+        low, high = int(image.min()), int(image.max()) + 1
+        part = Bins(
+            image=image - low,
+            y=at.y.take(slice(first * runs_y, stop * runs_y)),
+            x=at.x.take(slice(first * runs_x, stop * runs_x)),
+            run_y=at.run_y[rows] - first * runs_y,
+            run_x=at.run_x[rows] - first * runs_x,
+            plane=at.plane[rows],
+        )
+        yield rows, slice(low * pixels, high * pixels), part
+
+
+def matrix_bytes(at: Bins) -> np.ndarray:
+    """About what each row takes while its matrix is made."""
+    return ENTRY_BYTES * at.y.pixels[at.run_y] * at.x.pixels[at.run_x]
