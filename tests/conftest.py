@@ -20,10 +20,10 @@ except ImportError:
 if not HAVE_GPU:
     if os.environ.get("DEFORMABLE_REQUIRE_GPU") == "1":
         raise RuntimeError("DEFORMABLE_REQUIRE_GPU is set and cupy finds no GPU")
-    from tests.simt import build, fakecupy
+    from tests.simt import build, substitute
     from tests.simt.settings import configure
 
-    fakecupy.install()
+    substitute.install()
     import cupy
 
 
@@ -61,4 +61,4 @@ def no_synchronisation():
     """A context manager in which waiting for the device is an error; without a GPU it sees all."""
     if HAVE_GPU:
         return contextlib.nullcontext
-    return fakecupy.forbid_synchronisation
+    return substitute.no_synchronisation

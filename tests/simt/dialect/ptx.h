@@ -108,6 +108,10 @@ SIMT_DEFINE_LDMATRIX(ldmatrix_x2_trans, 2, true)
 SIMT_DEFINE_LDMATRIX(ldmatrix_x4, 4, false)
 SIMT_DEFINE_LDMATRIX(ldmatrix_x4_trans, 4, true)
 
+SIMT_RAW inline const char* advance(const char* base, u32 count, u32 stride) {
+  return base + (unsigned long long)count * stride;
+}
+
 // ---- asynchronous copies
 template <int BYTES>
 SIMT_INLINE void cp_async(void* shared, const void* global, bool read = true) {

@@ -15,7 +15,6 @@ void simt_barrier(int line);
 typedef void (*SimtCollective)(const void* const* in, void* const* out, unsigned lanes);
 void simt_warp(const char* what, int line, unsigned mask, const void* in, void* out,
                SimtCollective run);
-unsigned simt_active_lanes();
 
 void simt_copy_async(void* shared, const void* global, size_t size, bool read);
 void simt_commit_copies();

@@ -1,4 +1,5 @@
 // Barriers, shuffles and votes. `line` is the caller's: threads that meet must stand on one line.
+// There is no __activemask: what it answers depends on the schedule.
 #pragma once
 
 SIMT_INLINE void __syncthreads(int line = __builtin_LINE()) { simt_barrier(line); }
@@ -10,7 +11,6 @@ SIMT_INLINE void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
 SIMT_RAW inline int simt_lane() {
   return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % warpSize;
 }
-inline unsigned __activemask() { return simt_active_lanes(); }
 
 enum class SimtShuffle { INDEX, UP, DOWN, XOR };
 

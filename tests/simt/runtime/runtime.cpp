@@ -421,8 +421,6 @@ void simt_warp(const char* what, int line, unsigned mask, const void* in, void* 
   if (thread.state == State::IN_WARP) suspend(State::IN_WARP);
 }
 
-unsigned simt_active_lanes() { return m.warp().alive; }
-
 // A copy lands as late as it may, when it is waited for; but it may land at any time from now on, so
 // it counts as a write both now and then.
 void simt_copy_async(void* shared, const void* global, size_t size, bool read) {

@@ -9,6 +9,7 @@ import ctypes
 import numpy as np
 
 from tests.simt.fakecupy import _memory
+from tests.simt.fakecupy._current import current, note
 from tests.simt.fakecupy.cuda import device
 from tests.simt.fakecupy.cuda.runtime import CUDA_R_16BF, CUDA_R_16F, CUDA_R_32F, CUDA_R_64F
 
@@ -95,8 +96,8 @@ def gemmStridedBatchedEx(
     for name, value in locals().items():
         if type(value) is not int:
             raise TypeError(f"gemm: {name} is {type(value).__name__}, expected int")
-    if handle != device.CUBLAS_HANDLE:
-        raise CUBLASError(f"gemm: {handle} is no handle")
+    if handle != device.get_cublas_handle():
+        raise CUBLASError(f"gemm: {handle} is no handle of device {current.device}")
     _check(
         computeType in LEGAL and algo == CUBLAS_GEMM_DEFAULT, "unknown compute type or algorithm"
     )
@@ -110,6 +111,7 @@ def gemmStridedBatchedEx(
     if 0 in (m, n, batchCount):
         return
 
+    note("gemm")
     sums = np.float64 if computeType == CUBLAS_COMPUTE_64F else np.float32
     scale_a, scale_c = (ctypes.c_double if sums == np.float64 else ctypes.c_float for _ in range(2))
     alpha, beta = scale_a.from_address(alpha).value, scale_c.from_address(beta).value
@@ -145,6 +147,8 @@ def _matrices(name, pointer, kind, shape, operation, ld, stride, batch):
             f"gemm: {name} takes {size} bytes, {room or 0} lie between its pointer and the end of "
             "the allocation"
         )
+    if size and _memory.device(pointer) != current.device:
+        raise CUBLASError(f"gemm: {name} lies on device {_memory.device(pointer)}")
     raw = np.frombuffer((ctypes.c_char * size).from_address(pointer), np.uint8)
     strides = (stride * dtype.itemsize, dtype.itemsize, ld * dtype.itemsize)
     matrices = np.lib.stride_tricks.as_strided(raw.view(dtype), (batch, rows, columns), strides)

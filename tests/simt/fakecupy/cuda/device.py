@@ -1,9 +1,10 @@
-"""cupy.cuda.device: one device, whose compute capability is in the simulator's settings."""
+"""cupy.cuda.device: two devices, whose compute capability is in the simulator's settings."""
 
 from tests.simt.fakecupy import _sync
+from tests.simt.fakecupy._current import DEVICES, current
 from tests.simt.settings import settings
 
-CUBLAS_HANDLE = 0xB1A5
+CUBLAS_HANDLES = (0xB1A5, 0xB1A6)
 
 ATTRIBUTES = {
     "MaxThreadsPerBlock": 1024,
@@ -28,8 +29,8 @@ ATTRIBUTES = {
 
 class Device:
     def __init__(self, device=None):
-        self.id = int(device or 0)
-        if self.id:
+        self.id = current.device if device is None else int(device)
+        if not 0 <= self.id < DEVICES:
             raise RuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
 
     def __int__(self):
@@ -42,15 +43,17 @@ class Device:
         return hash(self.id)
 
     def __enter__(self):
+        self._before, current.device = [*getattr(self, "_before", ()), current.device], self.id
         return self
 
     def __exit__(self, *error):
-        pass
+        current.device = self._before.pop()
 
     def __repr__(self):
         return f"<CUDA Device {self.id}>"
 
     def use(self):
+        current.device = self.id
         return self
 
     def synchronize(self):
@@ -67,7 +70,7 @@ class Device:
 
     @property
     def cublas_handle(self):
-        return CUBLAS_HANDLE
+        return CUBLAS_HANDLES[self.id]
 
     @property
     def mem_info(self):
@@ -75,7 +78,7 @@ class Device:
 
 
 def get_device_id():
-    return 0
+    return current.device
 
 
 def get_compute_capability():
@@ -83,4 +86,4 @@ def get_compute_capability():
 
 
 def get_cublas_handle():
-    return CUBLAS_HANDLE
+    return CUBLAS_HANDLES[current.device]

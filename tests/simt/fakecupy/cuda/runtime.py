@@ -1,6 +1,7 @@
 """cupy.cuda.runtime: numbers of CUDA's own headers."""
 
 from tests.simt.fakecupy import _sync
+from tests.simt.fakecupy._current import DEVICES, current
 
 CUDA_R_32F = 0
 CUDA_R_64F = 1
@@ -13,11 +14,11 @@ class CUDARuntimeError(RuntimeError):
 
 
 def getDevice():
-    return 0
+    return current.device
 
 
 def getDeviceCount():
-    return 1
+    return DEVICES
 
 
 def deviceSynchronize():
