@@ -128,21 +128,29 @@ def full_like(a, fill_value, dtype=None, order="K", subok=None, shape=None):
 
 def array(obj, dtype=None, copy=True, order="K"):
     if is_native(obj):
-        same = not copy and dtype in (None, obj.dtype)
-        return obj if same else wrap(np.array(obj._host, dtype, order=order))
+        if not copy and _has(obj, dtype):
+            return obj
+        with np.errstate(all="ignore"):  # a GPU does not warn
+            return wrap(np.array(obj._host, dtype, order=order))
     if isinstance(obj, list | tuple) and any(is_native(x) for x in obj):
         obj = [_host(x) for x in obj]
     return wrap(np.array(obj, dtype, order=order))
 
 
+def _has(a, dtype):
+    """Whether ``a`` has the dtype, if one is asked for: to NumPy float64 and None are equal."""
+    return dtype is None or a.dtype == dtype
+
+
 def asarray(a, dtype=None, order=None):
-    if is_native(a) and dtype in (None, a.dtype) and order is None:
+    if is_native(a) and _has(a, dtype) and order is None:
         return a
     return array(a, dtype, order=order or "K")
 
 
 def ascontiguousarray(a, dtype=None):
-    host = np.ascontiguousarray(_host(a), dtype)
+    with np.errstate(all="ignore"):
+        host = np.ascontiguousarray(_host(a), dtype)
     return a if host is a._host else wrap(host)
 
 
