@@ -127,6 +127,16 @@ def test_prediction_keeps_nothing_alive():
     assert y.shape == (2, 2)
 
 
+def test_prediction_is_that_of_every_layer_and_changes_nothing(xp):
+    net, x = network().to(xp), images(xp)
+    before, expected = net.state(), x
+    for layer in net.layers:
+        expected = layer.predict(expected)
+    assert_array_equal(host(xp, net.predict(x)), host(xp, expected))
+    assert all(net.state()[name] is array for name, array in before.items())
+    assert (host(xp, net(x)[0]) != host(xp, expected)).all()  # other averages
+
+
 def test_a_call_lives_as_long_as_its_backward():
     net, x = network(), images(np)
     alive = weakref.ref(x)

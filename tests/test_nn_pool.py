@@ -24,8 +24,8 @@ LAYERS = {
 }
 
 
-def images(xp, n=2, dtype=np.float64):
-    return xp.asarray(np.random.default_rng(1).normal(size=(n, 3, 7, 6)).astype(dtype))
+def images(xp, n=2, dtype=np.float64, size=(7, 6)):
+    return xp.asarray(np.random.default_rng(1).normal(size=(n, 3, *size)).astype(dtype))
 
 
 def windows(x, kernel, stride=None, padding=0, fill=0.0):
@@ -83,18 +83,18 @@ def test_minus_infinity_may_win(xp):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("name", ["max 3 overlapping", "mean 3 overlapping", "mean of everything"])
-def test_low_precision_goes_in_and_comes_out(name, dtype, xp):
+@pytest.mark.parametrize("name", ["max wide padding", "mean wide padding", "mean of everything"])
+def test_low_precision_is_rounded_once(name, dtype, xp):
     pytest.importorskip("ml_dtypes")
     kind, window = LAYERS[name]
-    x = images(xp, dtype=dtype)
+    x = abs(images(xp, size=(40, 50))).astype(dtype)
     y, backward = kind(*window)(x)
     expected, exact_backward = kind(*window)(x.astype(np.float64))
     grad_x, expected_grad = backward(y), exact_backward(y.astype(np.float64))
     assert y.dtype == grad_x.dtype == dtype
     for have, want in (y, expected), (grad_x, expected_grad):
         error = abs(host(xp, have).astype(np.float64) - host(xp, want))
-        assert (error <= error_bound(dtype, abs(images(np)).max(), terms=42)).all()
+        assert (error <= error_bound(dtype, host(xp, want), terms=2000)).all()
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -52,16 +52,16 @@ class Linear(Layer):
         """Multiply x (N, in_features)."""
         weight = self.weight.data
         check_shape("Linear", "x", x, ("N", weight.shape[1]))
-        y = _product(x, weight.T)
+        y = x @ weight.T
         if self.bias is not None:
             y = y + self.bias.data
 
         def backward(grad_y: Array) -> Array:
-            self.weight.add_grad(_product(grad_y.T, x))
+            self.weight.add_grad(grad_y.T @ x)
             if self.bias is not None:
                 total = grad_y.sum(axis=0, dtype=compute_dtype(grad_y.dtype))
                 self.bias.add_grad(total.astype(grad_y.dtype, copy=False))
-            return _product(grad_y, weight)
+            return grad_y @ weight
 
         return y, backward
 
@@ -251,13 +251,6 @@ class BatchNorm2d(Layer):
 
     def _over_ranks(self, total: Any) -> Any:
         return total if self.comm is None else sum_over_ranks(total, self.comm)
-
-
-def _product(a: Array, b: Array) -> Array:
-    """``a @ b``, summed in float32 at least: NumPy would sum half precision as it is."""
-    wide = compute_dtype(a.dtype) if array_module(a) is np else a.dtype
-    product = a.astype(wide, copy=False) @ b.astype(wide, copy=False)
-    return product.astype(a.dtype, copy=False)
 
 
 def _column(channels: Array) -> Array:

@@ -7,7 +7,7 @@ The modulated form (Zhu et al. 2019, arXiv 1811.11168) also predicts a factor in
 """
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -202,7 +202,7 @@ class DeformConv2d(Conv2d):
         """The offsets (N, 2 * offset_groups * taps, Ho, Wo) in pixels that x leads to."""
         return self._branch(x)[0]
 
-    def from_conv(self, conv: Conv2d) -> "DeformConv2d":
+    def from_conv(self, conv: Conv2d) -> Self:
         """Take over a trained convolution: afterwards this layer computes what ``conv`` does.
 
         The offsets start at zero. In a modulated layer the weights are doubled, which undoes the

@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -120,7 +120,7 @@ class Layer(Stateful):
         """The trained parameters, each once."""
         return [buffer for buffer in self.buffers().values() if isinstance(buffer, Param)]
 
-    def to(self, target: Any) -> "Layer":
+    def to(self, target: Any) -> Self:
         """Move all arrays to ``numpy``, to ``cupy``, or to a ``cupy.cuda.Device``; answers itself.
 
         Move a network before an optimizer is made for its parameters.

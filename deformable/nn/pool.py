@@ -78,13 +78,13 @@ class MaxPool2d(_Pool2d):
         y = self.predict(x)
 
         def backward(grad_y: Array) -> Array:
-            grad_x = xp.zeros_like(x)
+            grad_x = xp.zeros_like(x, dtype=compute_dtype(x.dtype))
             open_ = xp.ones_like(y, dtype=bool)
             for at_x, at_y in self._taps(x.shape, y.shape):
                 wins = open_[at_y] & (x[at_x] == y[at_y])
                 open_[at_y] ^= wins
                 grad_x[at_x] += grad_y[at_y] * wins
-            return grad_x
+            return grad_x.astype(x.dtype, copy=False)
 
         return y, backward
 
