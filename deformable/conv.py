@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from deformable import _cuda
+from deformable import _cuda, _fused
 from deformable._array import (
     INT32_MAX,
     Array,
@@ -30,6 +30,9 @@ from deformable._array import (
 )
 
 BLOCK_BYTES = 2 << 20  # of columns alive on the CPU: about what the caches of a core hold
+# What a block frees, the next one takes again. The C library returns it to the system in between,
+# and page faults cost up to a third of the time, until a larger array has been freed once.
+np.empty(8 * BLOCK_BYTES, np.uint8)
 CHUNK_BYTES = 32 << 20  # of columns alive on a GPU: they stay in its L2 cache
 
 
@@ -244,21 +247,17 @@ def conv_geometry(
 
 
 def pack_weight(weight: Array, g: ConvGeometry, dtype: np.dtype) -> Array:
-    """The weights as (groups, taps · channels, output channels), in the order of the columns."""
-    split = weight.reshape(
-        g.groups, g.out_channels // g.groups, g.channels // g.groups, g.taps
-    ).transpose(0, 3, 2, 1)
-    return split.astype(dtype).reshape(
-        g.groups, g.taps * (g.channels // g.groups), g.out_channels // g.groups
+    """The weights as (groups, output channels, taps · channels), in the order of the columns."""
+    by_tap = weight.reshape(g.out_channels, g.channels // g.groups, g.taps).transpose(0, 2, 1)
+    return by_tap.astype(dtype, order="C").reshape(
+        g.groups, g.out_channels // g.groups, g.taps * (g.channels // g.groups)
     )
 
 
 def unpack_weight(packed: Array, g: ConvGeometry, dtype: np.dtype) -> Array:
     """The inverse of :func:`pack_weight`."""
-    split = packed.reshape(
-        g.groups, g.taps, g.channels // g.groups, g.out_channels // g.groups
-    ).transpose(0, 3, 2, 1)
-    return split.astype(dtype, order="C").reshape(
+    by_tap = packed.reshape(g.out_channels, g.taps, g.channels // g.groups).transpose(0, 2, 1)
+    return by_tap.astype(dtype, order="C").reshape(
         g.out_channels, g.channels // g.groups, g.kernel_h, g.kernel_w
     )
 
@@ -352,7 +351,7 @@ def _numpy_forward(g, x, weight, bias):
     for images, lines, positions in blocks(g, dtype.itemsize):
         out = y[positions]
         columns = windows[images, lines].reshape(len(out), g.taps * g.channels)
-        np.matmul(columns_by_group(columns, g), packed, out=by_group(out, g))
+        np.matmul(columns_by_group(columns, g), packed.mT, out=by_group(out, g))
     if bias is not None:
         y += bias.astype(dtype)
     return image_rows(y.astype(x.dtype, copy=False), g)
@@ -372,9 +371,9 @@ def _numpy_backward(g, grad_y, x, weight, wanted):
         seen, grad_seen = windows[images, lines], grad_windows[images, lines]
         if "weight" in wanted:
             columns = seen.reshape(grad_out.shape[1], g.taps * g.channels)
-            grad_packed += columns_by_group(columns, g).transpose(0, 2, 1) @ grad_out
+            grad_packed += grad_out.mT @ columns_by_group(columns, g)
         if "x" in wanted:
-            grad_columns = columns_from_groups(grad_out @ packed.transpose(0, 2, 1), g)
+            grad_columns = columns_from_groups(grad_out @ packed, g)
             grad_columns = grad_columns.reshape(seen.shape)
             for i, j in np.ndindex(g.kernel_h, g.kernel_w):
                 # windows overlap, but those of one tap never do
@@ -382,7 +381,7 @@ def _numpy_backward(g, grad_y, x, weight, wanted):
     return _gradients(g, x, wanted, _inside(grad_padded, g), grad_packed, grad)
 
 
-# ---- CUDA: cuda/conv.cu
+# ---- CUDA: cuda/conv.cu, and cuda/fused_conv.cu where there are tensor cores
 
 
 def chunks(g: ConvGeometry, itemsize: int) -> Iterator[tuple[int, int]]:
@@ -407,12 +406,14 @@ def index_type(g: ConvGeometry) -> str:
 
 def _cuda_forward(g, x, weight, bias):
     with x.device:
+        if _fused.covers(g, x):
+            return image_rows(_fused.convolve(g, x, weight, bias), g)
         image = channels_last(x, x.dtype)
         packed = pack_weight(weight, g, x.dtype)
         y = array_module(x).empty((g.batch * g.positions, g.out_channels), x.dtype)
         for first, count in chunks(g, x.dtype.itemsize):
             columns = _im2col(g, image, first, count)
-            _cuda.gemm(columns, packed, out=by_group(y[first : first + count], g))
+            _cuda.gemm(columns, packed.mT, out=by_group(y[first : first + count], g))
         if bias is not None:
             y += bias
         return image_rows(y, g)
@@ -430,10 +431,10 @@ def _cuda_backward(g, grad_y, x, weight, wanted):
             grad_out = by_group(grad[first : first + count], g)
             if "weight" in wanted:
                 columns = _im2col(g, image, first, count)
-                _cuda.gemm(columns.transpose(0, 2, 1), grad_out, grad_packed, accumulate=True)
+                _cuda.gemm(grad_out.mT, columns, grad_packed, accumulate=True)
             if "x" in wanted:
                 grad_columns = empty_columns(g, count, like=image)
-                _cuda.gemm(grad_out, packed.transpose(0, 2, 1), out=grad_columns)
+                _cuda.gemm(grad_out, packed, out=grad_columns)
                 _col2im(g, grad_columns, grad_image, first, count)
         return _gradients(g, x, wanted, grad_image, grad_packed, grad)
 

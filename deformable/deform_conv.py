@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deformable import _cuda
+from deformable import _cuda, _fused
 from deformable._array import (
     Array,
     Pair,
@@ -265,7 +265,7 @@ def _numpy_forward(g, x, offset, weight, bias, mask):
         samples, scale = samples_of(images, lines)
         seen = samples.seen(_pixels(image, images, g))
         columns = (samples.matrix(scale, seen) @ seen).reshape(-1, g.taps * g.channels)
-        np.matmul(columns_by_group(columns, g), packed, out=by_group(y[positions], g))
+        np.matmul(columns_by_group(columns, g), packed.mT, out=by_group(y[positions], g))
     if bias is not None:
         y += bias.astype(dtype)
     return image_rows(y.astype(x.dtype, copy=False), g)
@@ -279,7 +279,7 @@ def _numpy_backward(g, grad_y, x, offset, weight, mask, wanted):
     samples_of = _sampler(g, offset, mask, dtype)
     packed = pack_weight(weight, g, dtype)
     grad_image: Array = np.zeros_like(image) if "x" in wanted else None
-    grad_packed = np.zeros_like(packed)
+    grad_packed, product = np.zeros_like(packed), np.empty_like(packed)
     per_position = (g.batch * g.positions, g.offset_groups, g.taps)
     grad_offset = np.empty((*per_position, 2), dtype)
     grad_mask = np.empty(per_position, dtype)
@@ -288,12 +288,12 @@ def _numpy_backward(g, grad_y, x, offset, weight, mask, wanted):
         seen = samples.seen(_pixels(image, images, g))
         matrix = samples.matrix(scale, seen)
         grad_out = by_group(grad[positions], g)
+        columns = columns_by_group((matrix @ seen).reshape(-1, g.taps * g.channels), g)
         if "weight" in wanted:
-            columns = (matrix @ seen).reshape(-1, g.taps * g.channels)
-            grad_packed += columns_by_group(columns, g).transpose(0, 2, 1) @ grad_out
+            grad_packed += np.matmul(grad_out.mT, columns, out=product)
         if wanted & {"x", "offset", "mask"}:
-            grad_columns = columns_from_groups(grad_out @ packed.transpose(0, 2, 1), g)
-            grad_samples = grad_columns.reshape(-1, g.channels // g.offset_groups)
+            grad_columns = np.matmul(grad_out, packed, out=columns)  # read, their room is free
+            grad_samples = columns_from_groups(grad_columns, g).reshape(-1, seen.shape[1])
         if "x" in wanted:
             grad_seen = samples.seen(_pixels(grad_image, images, g))
             grad_seen += matrix.T @ grad_samples
@@ -309,7 +309,7 @@ def _numpy_backward(g, grad_y, x, offset, weight, mask, wanted):
     return _gradients(g, x, offset, mask, wanted, inside, grad_offset, grad_packed, grad, grad_mask)
 
 
-# ---- CUDA: cuda/deform_conv.cu
+# ---- CUDA: cuda/deform_conv.cu, and cuda/fused_conv.cu where there are tensor cores
 
 
 def _per_position(array, dtype):
@@ -319,6 +319,8 @@ def _per_position(array, dtype):
 
 def _cuda_forward(g, x, offset, weight, bias, mask):
     with x.device:
+        if _fused.covers(g, x):
+            return image_rows(_fused.convolve(g, x, weight, bias, offset, mask), g)
         dtype = compute_dtype(x.dtype)
         image = channels_last(x, x.dtype)
         offset, mask = _per_position(offset, dtype), _per_position(mask, dtype)
@@ -326,7 +328,7 @@ def _cuda_forward(g, x, offset, weight, bias, mask):
         y = array_module(x).empty((g.batch * g.positions, g.out_channels), x.dtype)
         for first, count in chunks(g, x.dtype.itemsize):
             columns = _im2col(g, image, offset, mask, first, count)
-            _cuda.gemm(columns, packed, out=by_group(y[first : first + count], g))
+            _cuda.gemm(columns, packed.mT, out=by_group(y[first : first + count], g))
         if bias is not None:
             y += bias
         return image_rows(y, g)
@@ -348,10 +350,10 @@ def _cuda_backward(g, grad_y, x, offset, weight, mask, wanted):
             grad_out = by_group(grad[first : first + count], g)
             if "weight" in wanted:
                 columns = _im2col(g, image, places, masks, first, count)
-                _cuda.gemm(columns.transpose(0, 2, 1), grad_out, grad_packed, accumulate=True)
+                _cuda.gemm(grad_out.mT, columns, grad_packed, accumulate=True)
             if wanted & {"x", "offset", "mask"}:
                 grad_columns = empty_columns(g, count, like=image)
-                _cuda.gemm(grad_out, packed.transpose(0, 2, 1), out=grad_columns)
+                _cuda.gemm(grad_out, packed, out=grad_columns)
             if wanted & {"offset", "mask"}:
                 vec = _vector_width(g, image, grad_columns)
                 _cuda.launch_rows(
