@@ -260,8 +260,8 @@ def _measure(
     )
     busy = (time.process_time() - before[0]) / (time.perf_counter() - before[1])
     log.add(
-        operator=workload.operator, label=workload.label, dtype=dtype, mode=mode, busy=round(busy, 3),
-        times={name: t._asdict() for name, t in times.items()}, errors=errors,
+        operator=workload.operator, label=workload.label, dtype=dtype, mode=mode,
+        times={name: t._asdict() for name, t in times.items()}, errors=errors, busy=round(busy, 3),
     )  # fmt: skip
 
 

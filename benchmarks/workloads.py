@@ -29,7 +29,7 @@ class Products(NamedTuple):
 
 @dataclass(frozen=True)
 class Convolution:
-    """A 3x3 convolution that keeps the size of the image; deformable unless ``operator`` says no."""
+    """A 3x3 convolution that keeps the size of the image, deformable or (``operator``) plain."""
 
     name: str
     batch: int
