@@ -51,12 +51,14 @@ class Operator:
 
     ``draw(rng)`` answers a legal call: float64 arrays, None where an optional one is absent, and
     numbers, each a pair where pairs are taken. Offsets and the like have few bits, so that no
-    position is another one in float32 than in float64.
+    position is another one in float32 than in float64. ``large(rng)`` is a call that several
+    blocks and several threads of a BLAS have work with.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     draw: Callable[[np.random.Generator], tuple[dict, dict]]
+    large: Callable[[np.random.Generator], tuple[dict, dict]]
     loops: Callable[..., np.ndarray]
     loops_backward: Callable[..., dict]
     storage: tuple[str, ...] = ("x", "weight", "bias")  # arguments that share one dtype
@@ -117,13 +119,25 @@ def draw_deform_conv2d(rng):
     return arrays, numbers
 
 
+def large_conv2d(rng):
+    shapes = {"x": (2, 32, 28, 28), "weight": (32, 32, 3, 3), "bias": (32,)}
+    return {name: rng.normal(size=shape) for name, shape in shapes.items()}, {"padding": (1, 1)}
+
+
+def large_deform_conv2d(rng):
+    arrays, numbers = large_conv2d(rng)
+    arrays["offset"] = rng.normal(0, 2, (2, 36, 28, 28))
+    arrays["mask"] = rng.random((2, 18, 28, 28))
+    return arrays, numbers
+
+
 def draw_plane(rng, kernel):
     """Height and width of an image, now and then 0, and numbers that give it a small output."""
     size, numbers = [], []
     for taps in map(int, kernel):
         stride, padding, dilation = (int(rng.choice(c)) for c in ((1, 2, 5), (0, 1, 3), (1, 2, 4)))
         least = max(dilation * (taps - 1) + 1 - 2 * padding, 0)
-        size.append(least + stride * int(rng.integers(3)))
+        size.append(least + int(rng.integers(3)) + stride * int(rng.integers(2)))
         numbers.append((stride, padding, dilation))
     stride, padding, dilation = zip(*numbers, strict=True)
     return size, {"stride": stride, "padding": padding, "dilation": dilation}
@@ -136,6 +150,7 @@ OPERATORS = {
             deformable.conv2d,
             deformable.conv2d_backward,
             draw_conv2d,
+            large_conv2d,
             reference.conv2d,
             reference.conv2d_backward,
         ),
@@ -143,6 +158,7 @@ OPERATORS = {
             deformable.deform_conv2d,
             deformable.deform_conv2d_backward,
             draw_deform_conv2d,
+            large_deform_conv2d,
             reference.deform_conv2d,
             reference.deform_conv2d_backward,
             positions=("offset",),
