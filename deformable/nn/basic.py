@@ -52,16 +52,16 @@ class Linear(Layer):
         """Multiply x (N, in_features)."""
         weight = self.weight.data
         check_shape("Linear", "x", x, ("N", weight.shape[1]))
-        y = x @ weight.T
+        y = _product(x, weight.T)
         if self.bias is not None:
             y = y + self.bias.data
 
         def backward(grad_y: Array) -> Array:
-            self.weight.add_grad(grad_y.T @ x)
+            self.weight.add_grad(_product(grad_y.T, x))
             if self.bias is not None:
                 total = grad_y.sum(axis=0, dtype=compute_dtype(grad_y.dtype))
                 self.bias.add_grad(total.astype(grad_y.dtype, copy=False))
-            return grad_y @ weight
+            return _product(grad_y, weight)
 
         return y, backward
 
@@ -251,6 +251,11 @@ class BatchNorm2d(Layer):
 
     def _over_ranks(self, total: Any) -> Any:
         return total if self.comm is None else sum_over_ranks(total, self.comm)
+
+
+def _product(a: Array, b: Array) -> Array:
+    """``a @ b`` in their dtype: NumPy answers float32 for bfloat16."""
+    return (a @ b).astype(a.dtype, copy=False)
 
 
 def _column(channels: Array) -> Array:
