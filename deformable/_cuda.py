@@ -58,6 +58,11 @@ def float32_precision(precision: str) -> Iterator[None]:
         _precision.reset(token)
 
 
+def allows_tf32() -> bool:
+    """Whether float32 products may be computed with factors rounded to TF32."""
+    return _precision.get() == "high"
+
+
 # ---- compiling
 
 
@@ -92,9 +97,12 @@ def _kernel(file: str, name: str, options: tuple[str, ...], device: int) -> Any:
 
 @functools.lru_cache(maxsize=1024, typed=True)
 def struct(geometry: Any) -> np.ndarray:
-    """A NamedTuple of ints and floats as a C struct of the same fields, to be passed by value."""
-    ctypes = [(f, np.float64 if isinstance(v, float) else np.int32) for f, v in
-              zip(geometry._fields, geometry, strict=True)]  # fmt: skip
+    """A NamedTuple of numbers as a C struct of the same fields, to be passed by value.
+
+    An int is ``int``, a float ``double``, a NumPy scalar what its dtype says.
+    """
+    kinds = {int: np.int32, float: np.float64}
+    ctypes = [(f, kinds.get(type(v), type(v))) for f, v in geometry._asdict().items()]
     return np.array(tuple(geometry), np.dtype(ctypes, align=True))
 
 
@@ -180,7 +188,7 @@ def gemm(a: Array, b: Array, out: Array, accumulate: bool = False) -> None:
     }
     if a.dtype == np.float64:
         compute = cublas.CUBLAS_COMPUTE_64F
-    elif a.dtype == np.float32 and _precision.get() == "high":
+    elif a.dtype == np.float32 and allows_tf32():
         compute = cublas.CUBLAS_COMPUTE_32F_FAST_TF32
     else:
         compute = cublas.CUBLAS_COMPUTE_32F

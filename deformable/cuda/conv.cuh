@@ -12,20 +12,34 @@ struct ConvGeometry {
   __device__ index_t positions() const { return static_cast<index_t>(out_height) * out_width; }
 };
 
+// An output position: its image, row and column.
+struct OutputPixel {
+  index_t image;
+  int y, x;
+};
+
+__device__ __forceinline__ OutputPixel output_pixel(const ConvGeometry& g, index_t position) {
+  const index_t image = position / g.positions();
+  const index_t rest = position - image * g.positions();
+  const int y = static_cast<int>(rest / g.out_width);
+  return {image, y, static_cast<int>(rest - static_cast<index_t>(y) * g.out_width)};
+}
+
 // Where a tap of the regular grid lies, in pixels of its image.
 struct Tap {
   index_t image;
   int y, x;
 };
 
+__device__ __forceinline__ Tap regular_tap(const ConvGeometry& g, const OutputPixel& out, int i,
+                                           int j) {
+  return {out.image, out.y * g.stride_h - g.pad_h + i * g.dilation_h,
+          out.x * g.stride_w - g.pad_w + j * g.dilation_w};
+}
+
 __device__ __forceinline__ Tap regular_tap(const ConvGeometry& g, index_t position, int tap) {
-  const index_t image = position / g.positions();
-  const index_t rest = position - image * g.positions();
-  const int out_y = static_cast<int>(rest / g.out_width);
-  const int out_x = static_cast<int>(rest - static_cast<index_t>(out_y) * g.out_width);
   const int i = tap / g.kernel_w, j = tap - i * g.kernel_w;
-  return {image, out_y * g.stride_h - g.pad_h + i * g.dilation_h,
-          out_x * g.stride_w - g.pad_w + j * g.dilation_w};
+  return regular_tap(g, output_pixel(g, position), i, j);
 }
 
 // Columns lie as (groups, count, taps, channels / groups): a matrix per group of weights.

@@ -1,0 +1,57 @@
+// Plans of the fused kernels: where the samples of an output position look and what they weigh,
+// worked out once and shared by all channels. CORNERS is 4 for positions between the pixels and 1
+// for the regular grid of a plain convolution, which has no offsets and no masks.
+#pragma once
+#include "bilinear.cuh"
+#include "conv.cuh"
+
+struct Strides {  // of an array of four axes, in elements
+  int64 axis0, axis1, axis2, axis3;
+
+  __device__ __forceinline__ int64 operator()(int64 i, int64 j, int64 k, int64 l) const {
+    return i * axis0 + j * axis1 + k * axis2 + l * axis3;
+  }
+};
+
+// The corners' pixels, counted through the batch; -1: outside, the corner is zero.
+struct alignas(CORNERS * sizeof(int)) Pixels {
+  int corner[CORNERS];
+};
+struct alignas(CORNERS == 1 ? sizeof(A) : 16) Weights {
+  A corner[CORNERS];
+};
+
+// Offsets (N, 2·G·taps, Ho, Wo) and masks (N, G·taps, Ho, Wo) as the caller has them, of their own
+// dtypes and with their own strides.
+struct Places {
+  const OFFSET* offset;
+  const MASK* mask;
+  Strides offset_strides, mask_strides;
+};
+
+__device__ __forceinline__ void plan_sample(const ConvGeometry& g, const Places& places,
+                                            const OutputPixel& out, int offset_group, int i, int j,
+                                            Pixels& pixels, Weights& weights) {
+  const Tap at = regular_tap(g, out, i, j);
+  const int image = out.image * g.height * g.width;
+  if constexpr (CORNERS == 1) {
+    const bool inside = at.y >= 0 && at.y < g.height && at.x >= 0 && at.x < g.width;
+    pixels.corner[0] = inside ? image + at.y * g.width + at.x : -1;
+    weights.corner[0] = 1;
+  } else {
+    const int sample = (offset_group * g.kernel_h + i) * g.kernel_w + j;
+    const A dy = places.offset[places.offset_strides(out.image, 2 * sample, out.y, out.x)];
+    const A dx = places.offset[places.offset_strides(out.image, 2 * sample + 1, out.y, out.x)];
+    const A scale =
+        places.mask ? static_cast<A>(
+                          places.mask[places.mask_strides(out.image, sample, out.y, out.x)])
+                    : 1;
+    const Sample s = locate(at.y + dy, at.x + dx, g.height, g.width, scale);
+#pragma unroll
+    for (int corner = 0; corner < CORNERS; ++corner) {
+      const index_t pixel = corner_pixel(s, corner, g.height, g.width);
+      pixels.corner[corner] = pixel < 0 ? -1 : image + pixel;
+      weights.corner[corner] = corner_weight(s, corner);
+    }
+  }
+}
