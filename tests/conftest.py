@@ -62,3 +62,21 @@ def no_synchronisation():
     if HAVE_GPU:
         return contextlib.nullcontext
     return substitute.no_synchronisation
+
+
+@pytest.fixture(scope="session", autouse=True)
+def background_compiler():
+    """Compiles every kernel that is simulated for every GPU, beside the tests."""
+    from tests.simt import nvrtc
+    from tests.simt.module import RawModule
+
+    background = nvrtc.Background()
+    RawModule.watchers.append(background.watch)
+    yield background
+    RawModule.watchers.remove(background.watch)
+    background.close()
+
+
+def pytest_collection_modifyitems(items):
+    """The test that sums up what was launched runs last."""
+    items.sort(key=lambda item: item.name == "test_all_that_was_launched_fits_on_every_gpu")

@@ -109,7 +109,8 @@ class Parameter:
 class RawModule:
     """The kernels of a CUDA source text, with cupy.RawModule's interface."""
 
-    built: ClassVar[list] = []  # every module of this process: nvrtc.py compiles them too
+    built: ClassVar[list] = []  # every module of this process
+    watchers: ClassVar[list] = []  # called with each of them
 
     def __init__(self, *, code, options=(), backend="nvrtc", name_expressions=None):
         if not isinstance(code, str) or not isinstance(options, tuple):
@@ -117,11 +118,17 @@ class RawModule:
         if name_expressions is not None or backend != "nvrtc":
             raise NotImplementedError('kernels are extern "C", specialised by -D options')
         self.code, self.options = code, options
+        self.launched = {}  # kernel: most threads per block, most bytes of dynamic shared memory
 
     def get_function(self, name):
         if name not in self._kernels:
             raise SimtError(f"there is no kernel {name}")
         return Kernel(self, self.entries[name], self._kernels[name])
+
+    @property
+    def file(self):
+        """The file that the source text comes from."""
+        return next(source.lines(self.code))[0]
 
     @functools.cached_property
     def entries(self):
@@ -130,6 +137,8 @@ class RawModule:
     @functools.cached_property
     def _kernels(self):
         RawModule.built.append(self)
+        for watcher in RawModule.watchers:
+            watcher(self)
         self.path = build.kernel_library(self._text(), settings.compute_capability)
         self.library = ctypes.CDLL(str(self.path))
         image = (ctypes.c_void_p * 3)()
@@ -202,6 +211,7 @@ class Kernel:
                 f"{self.name}: {shared_mem} bytes of dynamic shared memory, "
                 f"the limit is {self.max_dynamic_shared_size_bytes}"
             )
+        self._note_launch(block, shared_mem)
         cells, views = self._arguments(args)
         pointers = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
         parameters = (ctypes.addressof(pointers), ctypes.sizeof(pointers))
@@ -245,6 +255,11 @@ class Kernel:
             limit = self.max_threads_per_block
             raise SimtError(f"{self.name}: {threads} threads per block, the limit is {limit}")
         return (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block)
+
+    def _note_launch(self, block, shared_mem):
+        threads, shared = self.module.launched.get(self.name, (0, 0))
+        threads = max(threads, block[0] * block[1] * block[2])
+        self.module.launched[self.name] = threads, max(shared, shared_mem)
 
     def _arguments(self, args):
         """The bytes of each argument, and (first address, size, parameter, item size) of views."""

@@ -2,6 +2,7 @@
 
 import bisect
 import mmap
+import threading
 import weakref
 
 import numpy as np
@@ -17,6 +18,7 @@ NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _starts = []  # of all living allocations, sorted
 _sizes = {}
 _devices = {}
+_lock = threading.RLock()  # memory is freed by whichever thread drops it last, at any moment
 used = peak = 0  # bytes
 
 
@@ -41,10 +43,11 @@ def allocate(size):
     if size <= LAZY:
         block.fill(POISON)
     address = block.ctypes.data
-    bisect.insort(_starts, address)
-    _sizes[address], _devices[address] = size, current.device
-    used += size
-    peak = max(peak, used)
+    with _lock:
+        bisect.insort(_starts, address)
+        _sizes[address], _devices[address] = size, current.device
+        used += size
+        peak = max(peak, used)
     weakref.finalize(raw, _forget, address)
     return block
 
@@ -58,16 +61,18 @@ def _raw(size):
 
 def _forget(address):
     global used
-    del _starts[bisect.bisect_left(_starts, address)], _devices[address]
-    used -= _sizes.pop(address)
+    with _lock:
+        del _starts[bisect.bisect_left(_starts, address)], _devices[address]
+        used -= _sizes.pop(address)
 
 
 def _find(address):
     """The start of the allocation in which an address lies, or None."""
-    i = bisect.bisect_right(_starts, address) - 1
-    if i < 0 or address > _starts[i] + _sizes[_starts[i]]:
-        return None
-    return _starts[i]
+    with _lock:
+        i = bisect.bisect_right(_starts, address) - 1
+        if i < 0 or address > _starts[i] + _sizes[_starts[i]]:
+            return None
+        return _starts[i]
 
 
 def room(address):

@@ -1,0 +1,179 @@
+"""The kernels compile for every GPU, without a driver: no warning, no register spilled."""
+
+import re
+
+import pytest
+
+from tests.simt import build, nvrtc, report
+from tests.simt.module import RawModule
+
+CUDA = build.HERE.parents[1] / "deformable" / "cuda"
+FILES = sorted(CUDA.glob("*.cu*"))
+PTX = (CUDA / "ptx.cuh").read_text()
+REGISTERS = 65536  # of a multiprocessor, for the threads of a block
+
+needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason="no NVRTC and CUDA headers")
+
+
+# ---- rules that keep the kernels within what the simulator and NVRTC know
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_ptx_is_in_one_header(file):
+    assert file.name == "ptx.cuh" or not re.search(r"\basm\b", file.read_text())
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_headers_are_our_own_or_cheap(file):
+    system = re.findall(r"#\s*include\s*<(.*?)>", file.read_text())
+    assert set(system) <= {"cuda_fp16.h", "cuda_bf16.h"}
+
+
+def test_ptx_wrappers_have_their_twins_in_the_simulator():
+    wrapper = re.compile(
+        r"^(?:SIMT_INLINE|SIMT_RAW inline|inline|__device__ __forceinline__) \S.*? (\w+)\(", re.M
+    )
+    twins = (build.HERE / "dialect" / "ptx.h").read_text()
+    defined = set(wrapper.findall(twins)) | set(re.findall(r"SIMT_DEFINE_LDMATRIX\((\w+),", twins))
+    assert set(wrapper.findall(PTX)) <= defined
+
+
+# ---- the compiler
+
+
+@needs_nvrtc
+def test_resources_are_those_of_the_assembler():
+    code = """
+    extern "C" __global__ void small(float* y) { y[threadIdx.x] = 1; }
+    extern "C" __global__ void large(float* y) {
+      __shared__ float s[256];
+      s[threadIdx.x] = y[threadIdx.x];
+      __syncthreads();
+      float sum = 0;
+      #pragma unroll
+      for (int i = 0; i < 64; ++i) sum += s[i] * s[i + threadIdx.x];
+      y[threadIdx.x] = sum;
+    }"""
+    found = nvrtc.resources(code, (), nvrtc.architectures()[0])
+    assert set(found) == {"small", "large"}
+    small, large = found["small"], found["large"]
+    assert (small.shared, large.shared) == (0, 1024)
+    assert 4 < small.instructions < 32 and 128 < large.instructions < 1024
+    assert 0 < small.registers < large.registers <= 255
+    assert small.spilled == large.spilled == small.stack == 0
+
+
+@needs_nvrtc
+def test_spills_and_local_arrays_are_seen():
+    code = """
+    extern "C" __global__ void __launch_bounds__(1024, 2) spills(float* y) {
+      float v[64];
+      #pragma unroll
+      for (int i = 0; i < 64; ++i) v[i] = y[i * 1024];
+      __syncthreads();
+      #pragma unroll
+      for (int i = 0; i < 64; ++i) y[i * 1024 + 1] = v[i] * v[63 - i];
+    }
+    extern "C" __global__ void indexes(float* y, int i) {
+      float v[64];
+      for (int j = 0; j < 64; ++j) v[j] = y[j];
+      y[0] = v[i];
+    }"""
+    found = nvrtc.resources(code, (), 80)
+    assert found["spills"].spilled > 0
+    assert found["indexes"].stack >= 256
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ('extern "C" __global__ void k(float* y) { y[0] = z; }', 'identifier "z" is undefined'),
+        ('extern "C" __global__ void k(float* y) { int unused; y[0] = 1; }', "never referenced"),
+        (
+            'extern "C" __global__ void k(float* y) { __shared__ float s[4] = {1}; y[0] = s[0]; }',
+            "initializer",
+        ),
+        (
+            'extern "C" __global__ void k(float* y) {\n'
+            "  __shared__ float s[20000]; s[threadIdx.x] = 1; y[0] = s[1]; }",
+            "too much shared data",
+        ),
+        (
+            "#include <cuda_fp16.h>\n"
+            'extern "C" __global__ void k(__half* y) { y[0] = y[1] * 2.5; }',
+            "more than one operator",
+        ),
+    ],
+    ids=[
+        "error",
+        "warning",
+        "initialised shared memory",
+        "too much shared memory",
+        "half * double",
+    ],
+)
+def test_what_the_compiler_refuses_is_an_error(code, message):
+    with pytest.raises(nvrtc.CompileError, match=message):
+        nvrtc.resources(code, (), nvrtc.architectures()[0])
+
+
+@needs_nvrtc
+def test_every_ptx_wrapper_compiles_for_every_gpu():
+    code = (
+        PTX
+        + """
+    extern "C" __global__ void k(const float* x, float* y, const __half* h) {
+      DYN_SHARED(__half, s);
+      float d[4] = {};
+      u32 a[4], b[2];
+      cp_async<4>(s, x);
+      cp_async<8>(s, h);
+      cp_async<16>(s, x, threadIdx.x < 3);
+      cp_async_commit();
+      cp_async_wait<0>();
+      ldmatrix_x4(a, s);
+      ldmatrix_x2(b, s);
+      mma_m16n8k16_f16(d, a, b);
+      ldmatrix_x4_trans(a, s);
+      ldmatrix_x2_trans(b, s);
+      mma_m16n8k16_bf16(d, a, b);
+      a[0] = to_tf32(x[1]);
+      mma_m16n8k8_tf32(d, a, b);
+      red_add(y, d[0]);
+      red_add(y, make_float2(d[1], d[2]));
+      red_add(y, make_float4(d[0], d[1], d[2], d[3]));
+    }
+    extern "C" __global__ void sum(const float4* x, float* y) { red_add(y, *x); }"""
+    found = {name: nvrtc.resources(code, (), name) for name in nvrtc.architectures()}
+    assert all(set(kernels) == {"k", "sum"} for kernels in found.values())
+    # one instruction where sm_80 adds four floats one by one
+    assert found[90]["sum"].instructions < found[80]["sum"].instructions
+
+
+# ---- every variant that the tests of this session have launched: runs last, see conftest.py
+
+
+@needs_nvrtc
+def test_all_that_was_launched_fits_on_every_gpu(background_compiler):
+    modules = [module for module in RawModule.built if module.file != "kernel.cu"]
+    if not modules:
+        pytest.skip("no kernel of the library was launched in this session")
+    problems = []
+    for module in {(m.code, m.options): m for m in modules}.values():
+        try:
+            found = background_compiler.wait(module.code, module.options)
+        except nvrtc.CompileError as error:
+            problems.append(f"{module.file} {module.options}: {error}")
+            continue
+        for kernel in found[nvrtc.architectures()[0]]:
+            row = module.file, kernel, module.options, {a: f[kernel] for a, f in found.items()}
+            problems += report.problems([row])
+            threads, _ = module.launched.get(kernel, (0, 0))
+            problems += [
+                f"{module.file} {kernel} on sm_{name}: {threads} threads of {f.registers} registers"
+                for name, f in row[3].items()
+                if -(-f.registers // 8) * 8 * threads > REGISTERS
+            ]
+    report.remember(modules)
+    assert not problems, "\n".join(sorted(set(problems)))
