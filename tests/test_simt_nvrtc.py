@@ -120,9 +120,7 @@ def test_what_the_compiler_refuses_is_an_error(code, message):
 
 @needs_nvrtc
 def test_every_ptx_wrapper_compiles_for_every_gpu():
-    code = (
-        PTX
-        + """
+    code = """
     extern "C" __global__ void k(const float* x, float* y, const __half* h) {
       DYN_SHARED(__half, s);
       float d[4] = {};
@@ -144,8 +142,9 @@ def test_every_ptx_wrapper_compiles_for_every_gpu():
       red_add(y, make_float2(d[1], d[2]));
       red_add(y, make_float4(d[0], d[1], d[2], d[3]));
     }
-    extern "C" __global__ void sum(const float4* x, float* y) { red_add(y, *x); }"""
-    found = {name: nvrtc.resources(code, (), name) for name in nvrtc.architectures()}
+    extern "C" __global__ void sum(const float4* x, float* y) { red_add(y, *x); }
+    """
+    found = {name: nvrtc.resources(PTX + code, (), name) for name in nvrtc.architectures()}
     assert all(set(kernels) == {"k", "sum"} for kernels in found.values())
     # one instruction where sm_80 adds four floats one by one
     assert found[90]["sum"].instructions < found[80]["sum"].instructions

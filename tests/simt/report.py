@@ -54,20 +54,17 @@ def problems(rows):
 
 
 def table(rows):
-    """The lines of the table."""
-    names = nvrtc.architectures()
-    head = "".join(f"{f'sm_{name}':>19}" for name in names)
-    file = None
-    for row_file, kernel, options, on in rows:
-        if row_file != file:
-            file = row_file
-            yield f"\n{file:<70}{head}"
-            yield " " * 70 + f"{'regs  instr shared':>19}" * len(names)
-        macros = " ".join(option.removeprefix("-D") for option in options)
-        cells = "".join(
-            f"{found.registers:>7}{found.instructions:>6}{found.shared:>6}" for found in on.values()
+    """The lines of the table: a column per architecture, a paragraph per variant."""
+    yield f"{'':24}" + "".join(f"{f'sm_{name}':>21}" for name in nvrtc.architectures())
+    yield f"{'':24}" + f"{'regs instr shared':>21}" * len(nvrtc.architectures())
+    variant = None
+    for file, kernel, options, on in rows:
+        if variant != (file, options):
+            variant = file, options
+            yield f"\n{file}: {' '.join(option.removeprefix('-D') for option in options)}"
+        yield f"  {kernel:<22}" + "".join(
+            f"{found.registers:>9}{found.instructions:>6}{found.shared:>6}" for found in on.values()
         )
-        yield f"{kernel:<20}{macros:<50}{cells}"
 
 
 def main():
