@@ -75,9 +75,9 @@ def test_spills_and_local_arrays_are_seen():
       for (int i = 0; i < 64; ++i) y[i * 1024 + 1] = v[i] * v[63 - i];
     }
     extern "C" __global__ void indexes(float* y, int i) {
-      float v[64];
-      for (int j = 0; j < 64; ++j) v[j] = y[j];
-      y[0] = v[i];
+      float v[64] = {};
+      for (int j = 0; j < i; ++j) v[j * i % 64] += y[j] * v[j % 64];
+      for (int j = 0; j < 64; ++j) y[j] = v[j];
     }"""
     found = nvrtc.resources(code, (), 80)
     assert found["spills"].spilled > 0
