@@ -89,7 +89,9 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
         parts = index if isinstance(index, tuple) else (index,)
         if any(is_native(part) and part.dtype == bool for part in parts):
             _sync.declare("ndarray[mask]")
-        return wrap(self._host[unwrap(index)])
+        if not any(part is Ellipsis for part in parts):
+            parts = (*parts, Ellipsis)  # makes NumPy answer a view, where it would make a scalar
+        return wrap(self._host[unwrap(parts)])
 
     def __setitem__(self, index, value):
         with np.errstate(all="ignore"):
@@ -220,6 +222,8 @@ def checked(function, parameters):
         args, kwargs = unwrap(bound.args), {k: unwrap(v) for k, v in bound.kwargs.items()}
         if function.__name__ in NO_BFLOAT16 and args[0].dtype.name == "bfloat16":
             raise TypeError(f"{function.__name__} of bfloat16 does not exist")
+        if bound.arguments.get("kind") not in (None, "stable"):
+            raise ValueError("kind can only be None or 'stable'")
         with np.errstate(all="ignore"):  # a GPU does not warn
             result = function(*args, **kwargs)
         out = bound.arguments.get("out")
@@ -305,9 +309,9 @@ WAITING = {
 
 
 def _waiting(name, function):
-    def method(self, *args):
+    def method(self):
         _sync.declare(f"ndarray.{name}")
-        return function(self._host, *args)
+        return function(self._host)
 
     return method
 
