@@ -22,11 +22,10 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.ndimage import map_coordinates
 from sklearn.datasets import fetch_openml, load_digits
 from tqdm import tqdm
 
-from deformable import deform_conv2d, nn
+from deformable import deform_conv2d, nn, visualize
 
 CANVAS = 24
 ALL_SIDES = (7.2, 24.0)  # of the digits, in pixels
@@ -43,11 +42,6 @@ def generator(seed, *purpose):
     So a resumed run needs no old state: it asks for the numbers of the next epoch.
     """
     return np.random.default_rng([seed, *purpose])
-
-
-def on_cpu(array):
-    """The array as one of NumPy."""
-    return array if isinstance(array, np.ndarray) else array.get()
 
 
 # ---- data
@@ -206,79 +200,36 @@ def accuracy(net, digits, seed, sides=ALL_SIDES):
     return 100 * hits / len(scenes.x)
 
 
-def convolutions(net, x):
-    """Each convolution, and the offsets (n, 18, h, w) to which x leads; None where it is plain."""
-    for layer in net.layers:
-        if isinstance(layer, nn.DeformConv2d):
-            yield layer, on_cpu(layer.offsets(x))
-        elif isinstance(layer, nn.Conv2d):
-            yield layer, None
-        x = layer.predict(x)
-
-
-TAPS = np.mgrid[:3, :3].reshape(2, 9).T  # (y, x) of the nine taps
-
-
-def effective_dilation(offsets):
-    """Mean distance of the 12 pairs of neighbouring taps: (n, 18, h, w) to (n, h, w)."""
-    n, _, h, w = offsets.shape
-    points = offsets.reshape(n, 9, 2, h, w) + TAPS.reshape(9, 2, 1, 1)
-    grid = points.reshape(n, 3, 3, 2, h, w)
-    pairs = [np.diff(grid, axis=axis).reshape(n, 6, 2, h, w) for axis in (1, 2)]
-    return np.linalg.norm(np.concatenate(pairs, axis=1), axis=2).mean(axis=1)
-
-
 def dilation_by_size(net, digits, seed):
     """Effective dilation at the centres of small, medium and large digits: a row per layer."""
     scenes = digits.place(generator(seed, TEST))
     sizes = [(low <= scenes.side) & (scenes.side < high) for low, high in SIZES.values()]
     rows = []
-    for _, offsets in convolutions(net, scenes.x):
-        if offsets is not None:
-            dilation = effective_dilation(offsets)
+    for layer in visualize.samplings(net, scenes.x):
+        if layer.offset is not None:
+            dilation = visualize.effective_dilation(layer.offset)[:, 0]
             y, x = (scenes.centre.T * dilation.shape[1] / CANVAS).round().astype(int)
             at_centre = dilation[np.arange(len(y)), y, x]
             rows.append([at_centre[size].mean() for size in sizes])
     return rows
 
 
-def sampling_points(net, x, position):
-    """Where the stacked deformable layers look in the image x (1, 1, h, w) for one output position.
-
-    Answers the pixel of that position, and the points (n, 2) of the image, as (y, x). Plain layers
-    are followed through their middle tap.
-    """
-    middle = points = np.array([position], float)
-    for layer, offsets in reversed(list(convolutions(net, x))):
-        middle = middle * layer.stride - layer.padding + 1
-        first_tap = points * layer.stride - layer.padding
-        if offsets is None:
-            points = first_tap + 1
-        else:  # the offsets between the output positions of this layer are interpolated
-            shifts = [map_coordinates(o, points.T, order=1, mode="nearest") for o in offsets[0]]
-            shifts = np.stack(shifts, axis=1).reshape(-1, 9, 2)
-            points = (first_tap[:, None] + TAPS + shifts).reshape(-1, 2)
-    return middle[0], points
-
-
-def draw_sampling_points(nets, digits, seed, path):
-    """Green output positions and their red sampling points, as in the paper's Fig. 5."""
+def draw(net, digits, seed, path):
+    """Sampling points of the stacked deformable layers (the paper's Fig. 5), and what they see."""
     scenes = digits.place(generator(seed, TEST))
     small, *others = [int(abs(scenes.side - side).argmin()) for side in (9, 15, 22)]
     columns = zip(("background", *SIZES), (small, small, *others), strict=True)
-    figure = Figure(figsize=(10, 2.6 * len(nets)), layout="constrained")
-    axes = figure.subplots(len(nets), 4, squeeze=False)
-    for column, (title, i) in enumerate(columns):
-        position = (scenes.centre[i] / 4).round()  # two strides of 2
+    figure = Figure(figsize=(10, 5.4), layout="constrained")
+    for (title, i), (points, field) in zip(columns, figure.subplots(2, 4).T, strict=True):
+        x = scenes.x[i : i + 1]
+        position = (scenes.centre[i] / 4).round().astype(int)  # after two strides of 2
         if title == "background":
             position = np.where(position < 3, 5, 0)
-        for ax, (name, net) in zip(axes[:, column], nets.items(), strict=True):
-            x = scenes.x[i : i + 1]
-            middle, points = sampling_points(net, x, position)
-            ax.imshow(on_cpu(x)[0, 0], cmap="gray")
-            ax.plot(points[:, 1], points[:, 0], "r.", markersize=3)
-            ax.plot(middle[1], middle[0], "s", color="lime", markersize=5)
-            ax.set(title=f"{name}: {title}", xticks=[], yticks=[], xlim=(-6, 29), ylim=(29, -6))
+        visualize.sampling_points(visualize.samplings(net, x), position, x[0, 0], points)
+        points.set(title=title, xticks=[], yticks=[], xlim=(-6, 29), ylim=(29, -6))
+        features = nn.Sequential(*net.layers[:-2])
+        visualize.receptive_field(features, x, tuple(position), field)
+        field.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=150)
 
 
@@ -314,10 +265,12 @@ def compare(args, xp):
             values = "".join(f"{value:9.2f}" for value in row)
             print(f"{f'{name}, layer {layer} of {len(rows)}':37}{values}")
 
-    deformable = {name: net for name, net in nets.items() if dilations[name][0]}
-    picture = args.out / f"sampling-points-{args.rotate:g}.png"
-    draw_sampling_points(deformable, tested, args.all_seeds[-1], picture)
-    print(f"\nsampling points: {picture}")
+    print()
+    for name, net in nets.items():
+        if dilations[name][0]:
+            picture = args.out / f"{name}-{args.rotate:g}.png"
+            draw(net, tested, args.all_seeds[-1], picture)
+            print(f"where {name} convolutions look: {picture}")
     if args.quick:
         assert error["modulated"] < 0.8 * error["plain, wider"]
 

@@ -1,23 +1,11 @@
-"""The examples run, keep their promises, and go on where they were stopped."""
-
-import importlib.util
-from pathlib import Path
+"""examples/scaled_digits.py keeps its promises, and goes on where it was stopped."""
 
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
 from deformable import nn
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def example(name):
-    """An example as a module of its own, so that a test may change it."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.examples import example
 
 
 @pytest.fixture
@@ -37,19 +25,19 @@ def few_digits(scaled_digits, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [["--rotate", "60"], ["--offsets-only"]])
-def test_scaled_digits_does_what_it_claims(options, scaled_digits, tmp_path, capsys):
+def test_it_does_what_it_claims(options, scaled_digits, tmp_path, capsys):
     scaled_digits.main(["--quick", "--out", str(tmp_path), *options])
     table = capsys.readouterr().out
     if "--offsets-only" in options:
         assert "offsets trained" in table
     else:
         assert "modulated, layer 2 of 2" in table
-        assert (tmp_path / "sampling-points-60.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "modulated-60.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("options", [[], ["--offsets-only"]])
 @pytest.mark.parametrize("killed_at", [0, 1, 3, 9, 11])
-def test_scaled_digits_resumed_ends_as_if_never_stopped(
+def test_a_resumed_run_ends_as_if_never_stopped(
     options, killed_at, few_digits, tmp_path, capsys, monkeypatch
 ):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -80,7 +68,7 @@ def test_scaled_digits_resumed_ends_as_if_never_stopped(
                 assert_array_equal(have[name], want[name])
 
 
-def test_scaled_digits_resumed_at_the_end_trains_nothing(few_digits, tmp_path, monkeypatch):
+def test_a_finished_run_resumed_trains_nothing(few_digits, tmp_path, monkeypatch):
     run = ["--epochs", "1", "--out", str(tmp_path)]
     few_digits.main(run)
     monkeypatch.delattr(nn.Optimizer, "step")
@@ -89,13 +77,16 @@ def test_scaled_digits_resumed_at_the_end_trains_nothing(few_digits, tmp_path, m
         few_digits.main(run)
 
 
-def test_scaled_digits_runs_on_a_gpu(few_digits, tmp_path, xp, capsys):
+def test_it_runs_on_a_gpu(few_digits, tmp_path, xp, capsys, monkeypatch):
+    few = few_digits.load_digits()  # a GPU may be simulated
+    monkeypatch.setattr(few, "images", few.images[:18])
+    monkeypatch.setattr(few, "target", few.target[:18])
     device = "cpu" if xp is np else "gpu"
     few_digits.main(["--epochs", "1", "--device", device, "--out", str(tmp_path)])
     assert "modulated" in capsys.readouterr().out
 
 
-def test_scaled_digits_reads_mnist(few_digits, monkeypatch):
+def test_it_reads_mnist(few_digits, monkeypatch):
     class Mnist:
         data = np.repeat(np.arange(12), 28 * 28).reshape(12, 28 * 28)
         target = np.array([str(i % 10) for i in range(12)])
@@ -123,40 +114,3 @@ def test_digits_are_placed_where_and_as_large_as_said(scaled_digits):
     area = total * (8 / scenes.side) ** 2
     assert area.min() >= 30
     assert area.max() <= 42
-
-
-def test_effective_dilation_is_the_spacing_of_the_taps(scaled_digits):
-    for spacing in (1.0, 2.5):
-        offsets = ((spacing - 1) * (scaled_digits.TAPS - 1)).reshape(1, 18, 1, 1)
-        dilation = scaled_digits.effective_dilation(np.tile(offsets + 0.0, (2, 1, 4, 5)))
-        assert dilation.shape == (2, 4, 5)
-        assert abs(dilation - spacing).max() <= 1e-12
-    stretched = scaled_digits.TAPS * [0.0, 2.0]  # along x only: 6 pairs of 12 are 3 pixels long
-    assert abs(scaled_digits.effective_dilation(stretched.reshape(1, 18, 1, 1)) - 2) <= 1e-12
-
-
-def stack(scaled_digits, shift):
-    """Two deformable layers, of strides 2 and 1, whose offsets are all `shift`."""
-    net = scaled_digits.network(np.random.default_rng(0), (2, 3, 4), (2, 2, 1), deformable=2)
-    for layer in net.layers:
-        if isinstance(layer, nn.DeformConv2d):
-            layer.offset_conv.bias.data = np.tile(np.float32(shift), 9)
-    return net
-
-
-def test_sampling_points_of_regular_layers_are_their_regular_grid(scaled_digits):
-    middle, points = scaled_digits.sampling_points(
-        stack(scaled_digits, [0, 0]), np.ones((1, 1, 24, 24), np.float32), (2, 3)
-    )
-    assert middle.tolist() == [8, 12]  # two strides of 2
-    taps = np.mgrid[-1:2, -1:2].reshape(2, 9).T
-    expected = 2 * ((2 * taps[:, None] + taps) + [4, 6])
-    assert_array_equal(points, expected.reshape(81, 2))
-
-
-def test_sampling_points_add_up_over_the_layers(scaled_digits):
-    x = np.ones((1, 1, 24, 24), np.float32)
-    _, regular = scaled_digits.sampling_points(stack(scaled_digits, [0, 0]), x, (2, 3))
-    _, points = scaled_digits.sampling_points(stack(scaled_digits, [0.25, -0.5]), x, (2, 3))
-    # the last layer's shift counts 4 image pixels each, that of the one below it 2
-    assert_array_equal(points - regular, np.tile([6 * 0.25, 6 * -0.5], (81, 1)))
