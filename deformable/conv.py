@@ -290,13 +290,13 @@ def _gradients(g, x, wanted, grad_image, grad_packed, grad_rows):
 # ---- NumPy
 
 
-def blocks(g: ConvGeometry, itemsize: int) -> Iterator[tuple[slice, slice, slice]]:
+def blocks(g: ConvGeometry, tap_bytes: int) -> Iterator[tuple[slice, slice, slice]]:
     """Slices of images, of their output rows, and of the positions (N · Ho · Wo) that these are.
 
-    A block is several small images or some rows of a large one; its columns take about
-    ``BLOCK_BYTES``.
+    A block is several small images or some rows of a large one. It takes about ``BLOCK_BYTES``
+    where a tap of a position takes ``tap_bytes``.
     """
-    line = g.out_width * g.taps * g.channels * itemsize
+    line = g.out_width * g.taps * tap_bytes
     lines = min(g.out_height, max(1, BLOCK_BYTES // line))
     images = max(1, BLOCK_BYTES // (line * g.out_height))
     for n in range(0, g.batch, images):
@@ -348,7 +348,7 @@ def _numpy_forward(g, x, weight, bias):
     windows = _windows(padded, g)
     packed = pack_weight(weight, g, dtype)
     y = np.empty((g.batch * g.positions, g.out_channels), dtype)
-    for images, lines, positions in blocks(g, dtype.itemsize):
+    for images, lines, positions in blocks(g, g.channels * dtype.itemsize):
         out = y[positions]
         columns = windows[images, lines].reshape(len(out), g.taps * g.channels)
         np.matmul(columns_by_group(columns, g), packed.mT, out=by_group(out, g))
@@ -366,7 +366,7 @@ def _numpy_backward(g, grad_y, x, weight, wanted):
     _inside(padded, g)[...] = x.transpose(0, 2, 3, 1)
     windows, grad_windows = _windows(padded, g), _windows(grad_padded, g)
     grad_packed = np.zeros_like(packed)
-    for images, lines, positions in blocks(g, dtype.itemsize):
+    for images, lines, positions in blocks(g, g.channels * dtype.itemsize):
         grad_out = by_group(grad[positions], g)
         seen, grad_seen = windows[images, lines], grad_windows[images, lines]
         if "weight" in wanted:

@@ -47,6 +47,7 @@ from deformable.conv import (
 )
 
 SAMPLES = 64  # planned together by a block of threads
+SAMPLE_BYTES = 64  # about: of finding a sample, and of its row of the sparse matrix
 
 
 class DeformConv2dGradients(NamedTuple):
@@ -249,6 +250,11 @@ def _sampler(g, offset, mask, dtype):
     return samples_of
 
 
+def _tap_bytes(g, dtype):
+    """What the columns and the samples of one tap of a position take."""
+    return g.channels * dtype.itemsize + g.offset_groups * SAMPLE_BYTES
+
+
 def _pixels(image: Array, images: slice, g: ConvGeometry) -> Array:
     """Some bordered images as rows, one for every pixel and offset group: a view."""
     return image[images].reshape(-1, g.channels // g.offset_groups)
@@ -261,7 +267,7 @@ def _numpy_forward(g, x, offset, weight, bias, mask):
     samples_of = _sampler(g, offset, mask, dtype)
     packed = pack_weight(weight, g, dtype)
     y = np.empty((g.batch * g.positions, g.out_channels), dtype)
-    for images, lines, positions in blocks(g, dtype.itemsize):
+    for images, lines, positions in blocks(g, _tap_bytes(g, dtype)):
         samples, scale = samples_of(images, lines)
         seen = samples.seen(_pixels(image, images, g))
         columns = (samples.matrix(scale, seen) @ seen).reshape(-1, g.taps * g.channels)
@@ -283,7 +289,7 @@ def _numpy_backward(g, grad_y, x, offset, weight, mask, wanted):
     per_position = (g.batch * g.positions, g.offset_groups, g.taps)
     grad_offset = np.empty((*per_position, 2), dtype)
     grad_mask = np.empty(per_position, dtype)
-    for images, lines, positions in blocks(g, dtype.itemsize) if wanted - {"bias"} else ():
+    for images, lines, positions in blocks(g, _tap_bytes(g, dtype)) if wanted - {"bias"} else ():
         samples, scale = samples_of(images, lines)
         seen = samples.seen(_pixels(image, images, g))
         matrix = samples.matrix(scale, seen)
