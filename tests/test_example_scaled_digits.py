@@ -78,9 +78,7 @@ def test_a_finished_run_resumed_trains_nothing(few_digits, tmp_path, monkeypatch
 
 
 def test_it_runs_on_a_gpu(few_digits, tmp_path, xp, capsys, monkeypatch):
-    few = few_digits.load_digits()  # a GPU may be simulated
-    monkeypatch.setattr(few, "images", few.images[:18])
-    monkeypatch.setattr(few, "target", few.target[:18])
+    monkeypatch.setattr(few_digits, "TEST_POSES", 1)  # a GPU may be simulated
     device = "cpu" if xp is np else "gpu"
     few_digits.main(["--epochs", "1", "--device", device, "--out", str(tmp_path)])
     assert "modulated" in capsys.readouterr().out
