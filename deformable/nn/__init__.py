@@ -33,6 +33,14 @@ from deformable.nn.optim import (
     one_cycle,
 )
 from deformable.nn.pool import AvgPool2d, GlobalAvgPool2d, MaxPool2d
+from deformable.nn.roi import (
+    DeformPSRoIPool,
+    DeformRoIPool,
+    PSRoIAlign,
+    PSRoIPool,
+    RoIAlign,
+    RoIPool,
+)
 
 __all__ = [
     "SGD",
@@ -43,6 +51,8 @@ __all__ = [
     "Buffer",
     "Conv2d",
     "DeformConv2d",
+    "DeformPSRoIPool",
+    "DeformRoIPool",
     "Dropout",
     "Flatten",
     "GlobalAvgPool2d",
@@ -50,8 +60,12 @@ __all__ = [
     "Linear",
     "MaxPool2d",
     "Optimizer",
+    "PSRoIAlign",
+    "PSRoIPool",
     "Param",
     "ReLU",
+    "RoIAlign",
+    "RoIPool",
     "Sequential",
     "clip_grad_norm",
     "cosine",

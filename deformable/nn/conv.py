@@ -235,21 +235,11 @@ class DeformConv2d(Conv2d):
 
     def _branch(self, x: Array) -> tuple[Array, Array | None, Backward]:
         """Offsets and mask, and the backward from their gradients to that of x."""
-        xp = array_module(x)
-        split, limit = self.offset_channels, self.max_offset
-        raw, conv_backward = self.offset_conv(x)
-        offset = raw[:, :split] if limit is None else limit * xp.tanh(raw[:, :split] / limit)
-        mask = sigmoid(raw[:, split:]) if self.modulated else None
+        maps, conv_backward = self.offset_conv(x)
+        offset, mask, maps_backward = split_offsets(maps, self.offset_channels, self.max_offset)
 
         def backward(grad_offset: Array, grad_mask: Array | None) -> Array:
-            grad_raw = xp.empty_like(raw)
-            if limit is None:
-                grad_raw[:, :split] = grad_offset
-            else:
-                grad_raw[:, :split] = grad_offset * (1 - xp.square(offset / limit))
-            if mask is not None:
-                grad_raw[:, split:] = grad_mask * mask * (1 - mask)
-            return conv_backward(grad_raw)
+            return conv_backward(maps_backward(grad_offset, grad_mask))
 
         return offset, mask, backward
 
@@ -259,6 +249,31 @@ class DeformConv2d(Conv2d):
             f"offset_conv.{name}": array_module(array).zeros_like(array)
             for name, array in self.offset_conv.state().items()
         }
+
+
+def split_offsets(
+    maps: Array, offset_channels: int, limit: float | None
+) -> tuple[Array, Array | None, Backward]:
+    """The offsets in predicted maps, bounded, and the mask behind them, None if there is none.
+
+    The backward leads from the gradients of both to that of the maps.
+    """
+    xp, offset, mask = array_module(maps), maps[:, :offset_channels], None
+    if limit is not None:
+        offset = limit * xp.tanh(offset / limit)
+    if maps.shape[1] > offset_channels:
+        mask = sigmoid(maps[:, offset_channels:])
+
+    def backward(grad_offset: Array, grad_mask: Array | None) -> Array:
+        grad_maps = xp.empty_like(maps)
+        if limit is not None:
+            grad_offset = grad_offset * (1 - xp.square(offset / limit))
+        grad_maps[:, :offset_channels] = grad_offset
+        if mask is not None:
+            grad_maps[:, offset_channels:] = grad_mask * mask * (1 - mask)
+        return grad_maps
+
+    return offset, mask, backward
 
 
 def sigmoid(x: Array) -> Array:
