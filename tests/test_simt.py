@@ -306,14 +306,14 @@ def test_entries_and_structs_are_read():
       unsigned long long big;
     };
     // extern "C" __global__ void gone(int n) {}
-    extern "C" __global__ void __launch_bounds__(128, 2)
+    extern "C" __global__ void __launch_bounds__(32 * max(4, WARPS), 2)
         first(const float* __restrict__ x,  // in
               const Sizes sizes, unsigned int n) {}
     extern "C" __global__ void second() {}
     """
     entries = source.entries(code)
     assert list(entries) == ["first", "second"]
-    assert entries["first"].max_threads == 128 and entries["second"].max_threads == 1024
+    assert entries["first"].bounds == "32 * max(4, WARPS), 2" and not entries["second"].bounds
     assert [name for _, name in entries["first"].parameters] == ["x", "sizes", "n"]
     assert entries["first"].parameters[1][0] == "Sizes"
     assert source.structs(code)["Sizes"] == ["rows", "columns", "big"]

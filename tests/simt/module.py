@@ -28,8 +28,8 @@ __attribute__((visibility("default"))) SIMT_RAW void simt_image(char** p) {{
 }}
 }}
 {structs}
-#define KERNELS extern "C" __attribute__((visibility("default"))) const SimtKernel simt_kernels[]
-KERNELS = {{{kernels}}};
+#define SIMT_KERNELS extern "C" __attribute__((visibility("default"))) const SimtKernel simt_kernels[]
+SIMT_KERNELS = {{{kernels}}};
 """
 
 SHARED_LIMIT = 227 << 10
@@ -85,6 +85,7 @@ class _Parameter(ctypes.Structure):
 class _Kernel(ctypes.Structure):
     _fields_ = [
         ("name", ctypes.c_char_p),
+        ("max_threads", ctypes.c_int),
         ("count", ctypes.c_int),
         ("parameters", ctypes.POINTER(_Parameter)),
         ("call", ctypes.c_void_p),
@@ -111,13 +112,14 @@ class RawModule:
 
     built: ClassVar[list] = []  # every module of this process
     watchers: ClassVar[list] = []  # called with each of them
+    rewrite = staticmethod(lambda code: code)  # mutate.py changes kernels here
 
     def __init__(self, *, code, options=(), backend="nvrtc", name_expressions=None):
         if not isinstance(code, str) or not isinstance(options, tuple):
             raise TypeError("RawModule: code is a string, options a tuple of strings")
         if name_expressions is not None or backend != "nvrtc":
             raise NotImplementedError('kernels are extern "C", specialised by -D options')
-        self.code, self.options = code, options
+        self.code, self.options = self.rewrite(code), options
         self.launched = {}  # kernel: most threads per block, most bytes of dynamic shared memory
 
     def get_function(self, name):
@@ -161,8 +163,12 @@ class RawModule:
             for struct, names in members.items()
             if struct in by_value
         )
-        kernels = ", ".join(f'SimtBinding<{name}>::describe("{name}")' for name in self.entries)
-        return TEXT.format(defines=defines, code=self.code, structs=structs, kernels=kernels)
+        kernels = ", ".join(
+            f'SimtBinding<{name}>::describe("{name}", {entry.bounds or MAX_BLOCK[0]})'
+            for name, entry in self.entries.items()
+        )
+        code = self.code.replace("#pragma once", "")  # of headers that are spliced in
+        return TEXT.format(defines=defines, code=code, structs=structs, kernels=kernels)
 
     def regions(self):
         """Shared memory, which is all of the library's .bss, and its constants, all before it."""
@@ -184,7 +190,8 @@ class Kernel:
     _one_at_a_time = threading.Lock()
 
     def __init__(self, module, entry, description):
-        self.module, self.name, self.max_threads_per_block = module, entry.name, entry.max_threads
+        self.module, self.name = module, entry.name
+        self.max_threads_per_block = description.max_threads
         self._call = description.call
         self._max_dynamic_shared = 48 << 10
         self.parameters = [

@@ -6,7 +6,8 @@ The text is the project's own, so simple patterns do; what they misread does not
 import dataclasses
 import re
 
-ENTRY = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\(([^)]*)\)\s*)?(\w+)\s*\(([^)]*)\)")
+BOUNDS = r"__launch_bounds__\(((?:[^()]|\([^()]*\))*)\)"
+ENTRY = re.compile(rf"__global__\s+void\s+(?:{BOUNDS}\s*)?(\w+)\s*\(([^)]*)\)")
 STRUCT = re.compile(r"\bstruct\s+(?:alignas\([^)]*\)\s*)?(\w+)\s*\{")
 MEMBERS = re.compile(r"(?:[\w:]+\s+)+(\w+(?:\s*,\s*\w+)*)\s*")
 
@@ -16,13 +17,8 @@ class Entry:
     """A kernel: its name, ``__launch_bounds__`` and the names and types of its parameters."""
 
     name: str
-    bounds: str
+    bounds: str  # C++ expressions: most threads per block, least blocks per multiprocessor
     parameters: list  # of (type, name)
-
-    @property
-    def max_threads(self):
-        first = self.bounds.partition(",")[0].strip()
-        return int(first) if first.isdigit() else 1024
 
 
 def entries(code):

@@ -15,6 +15,7 @@ struct SimtParameter {
 };
 struct SimtKernel {
   const char* name;
+  int max_threads;  // per block
   int count;
   const SimtParameter* parameters;
   void (*call)(void** arguments);
@@ -74,5 +75,8 @@ struct SimtBinding<KERNEL> {
     KERNEL(*static_cast<A*>(arguments[I])...);
   }
   SIMT_RAW static void call(void** arguments) { call_with(arguments, std::index_sequence_for<A...>{}); }
-  static constexpr SimtKernel describe(const char* name) { return {name, sizeof...(A), PARAMETERS, call}; }
+  // with what stands in the parentheses of its __launch_bounds__
+  static constexpr SimtKernel describe(const char* name, int max_threads, int = 0) {
+    return {name, max_threads, sizeof...(A), PARAMETERS, call};
+  }
 };
