@@ -27,7 +27,9 @@ SIMT_RAW inline unsigned __brev(unsigned x) {
   return reversed;
 }
 inline int __mulhi(int a, int b) { return int((long long)a * b >> 32); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((unsigned long long)a * b >> 32); }
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return unsigned((unsigned long long)a * b >> 32);
+}
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
   return (unsigned long long)((unsigned __int128)a * b >> 64);
 }
@@ -85,9 +87,27 @@ inline auto max(A a, B b) -> std::common_type_t<A, B> {
   else return T(a) < T(b) ? T(b) : T(a);
 }
 
-template <class T> inline T __ldg(const T* address) { return *address; }
-template <class T> inline T __ldcs(const T* address) { return *address; }
-template <class T> inline T __ldcg(const T* address) { return *address; }
-template <class T> inline T __ldlu(const T* address) { return *address; }
-template <class T> inline void __stcs(T* address, T value) { *address = value; }
-template <class T> inline void __stcg(T* address, T value) { *address = value; }
+template <class T>
+inline T __ldg(const T* address) {
+  return *address;
+}
+template <class T>
+inline T __ldcs(const T* address) {
+  return *address;
+}
+template <class T>
+inline T __ldcg(const T* address) {
+  return *address;
+}
+template <class T>
+inline T __ldlu(const T* address) {
+  return *address;
+}
+template <class T>
+inline void __stcs(T* address, T value) {
+  *address = value;
+}
+template <class T>
+inline void __stcg(T* address, T value) {
+  *address = value;
+}

@@ -1,4 +1,5 @@
-// Atomics. One thread runs at a time, so a plain update does; the runtime is told that it is atomic.
+// Atomics. One thread runs at a time, so a plain update does; the runtime is told that it is
+// atomic.
 #pragma once
 
 template <class T>
@@ -13,18 +14,18 @@ SIMT_RAW inline T simt_update(T* address, Update update) {
   return old;
 }
 
-#define SIMT_DEFINE_ATOMIC(NAME, EXPRESSION)                                              \
-  template <class T>                                                                      \
-  SIMT_INLINE T NAME(T* address, typename SimtIdentity<T>::type value) {                  \
-    simt_access(address, sizeof(T), SIMT_ATOMIC);                                         \
-    return simt_update(address, [value](T old) SIMT_RAW { return T(EXPRESSION); });       \
+#define SIMT_DEFINE_ATOMIC(NAME, EXPRESSION)                                        \
+  template <class T>                                                                \
+  SIMT_INLINE T NAME(T* address, typename SimtIdentity<T>::type value) {            \
+    simt_access(address, sizeof(T), SIMT_ATOMIC);                                   \
+    return simt_update(address, [value](T old) SIMT_RAW { return T(EXPRESSION); }); \
   }
 SIMT_DEFINE_ATOMIC(atomicAdd, old + value)
 SIMT_DEFINE_ATOMIC(atomicSub, old - value)
 SIMT_DEFINE_ATOMIC(atomicExch, value)
 SIMT_DEFINE_ATOMIC(atomicMin, value < old ? value : old)
 SIMT_DEFINE_ATOMIC(atomicMax, old < value ? value : old)
-SIMT_DEFINE_ATOMIC(atomicAnd, old & value)
+SIMT_DEFINE_ATOMIC(atomicAnd, old& value)
 SIMT_DEFINE_ATOMIC(atomicOr, old | value)
 SIMT_DEFINE_ATOMIC(atomicXor, old ^ value)
 SIMT_DEFINE_ATOMIC(atomicInc, old >= value ? 0 : old + 1)

@@ -8,9 +8,10 @@ struct SimtMember {
   const char* dtype;
 };
 struct SimtParameter {
-  const char* dtype;  // NumPy's letter and size ("f4"), "bf2" for bfloat16, "V" for a struct, "" for void
-  int size;           // of the value, or of what a pointer points to
-  char pointer;       // 0: a value; 'r': pointer to const; 'w': pointer
+  const char*
+      dtype;  // NumPy's letter and size ("f4"), "bf2" for bfloat16, "V" for a struct, "" for void
+  int size;   // of the value, or of what a pointer points to
+  char pointer;               // 0: a value; 'r': pointer to const; 'w': pointer
   const SimtMember* members;  // of a struct that is passed by value
 };
 struct SimtKernel {
@@ -29,9 +30,11 @@ constexpr const char* simt_dtype() {
   else if constexpr (std::is_same_v<T, bool>) return "b1";
   else if constexpr (std::is_same_v<T, float>) return "f4";
   else if constexpr (std::is_same_v<T, double>) return "f8";
-  else if constexpr (std::is_integral_v<T>) return (std::is_signed_v<T> ? SIGNED : UNSIGNED)[sizeof(T)];
+  else if constexpr (std::is_integral_v<T>)
+    return (std::is_signed_v<T> ? SIGNED : UNSIGNED)[sizeof(T)];
   else if constexpr (std::is_same_v<T, __half> || std::is_same_v<T, __half2>) return "f2";
-  else if constexpr (std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __nv_bfloat162>) return "bf2";
+  else if constexpr (std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __nv_bfloat162>)
+    return "bf2";
   else if constexpr (std::is_same_v<T, float2> || std::is_same_v<T, float4>) return "f4";
   else if constexpr (std::is_same_v<T, double2>) return "f8";
   else if constexpr (std::is_same_v<T, int2> || std::is_same_v<T, int4>) return "i4";
@@ -47,11 +50,12 @@ template <class T>
 struct SimtMembers {  // specialised by SIMT_STRUCT, which module.py writes
   static constexpr const SimtMember* list = nullptr;
 };
-#define SIMT_MEMBER(STRUCT, NAME) {#NAME, offsetof(STRUCT, NAME), simt_dtype<decltype(STRUCT::NAME)>()}
-#define SIMT_STRUCT(STRUCT, ...)                                   \
-  template <>                                                      \
-  struct SimtMembers<STRUCT> {                                     \
-    static constexpr SimtMember list[] = {__VA_ARGS__, {}};        \
+#define SIMT_MEMBER(STRUCT, NAME) \
+  {#NAME, offsetof(STRUCT, NAME), simt_dtype<decltype(STRUCT::NAME)>()}
+#define SIMT_STRUCT(STRUCT, ...)                            \
+  template <>                                               \
+  struct SimtMembers<STRUCT> {                              \
+    static constexpr SimtMember list[] = {__VA_ARGS__, {}}; \
   };
 
 template <class T>
@@ -74,7 +78,9 @@ struct SimtBinding<KERNEL> {
   SIMT_RAW static void call_with(void** arguments, std::index_sequence<I...>) {
     KERNEL(*static_cast<A*>(arguments[I])...);
   }
-  SIMT_RAW static void call(void** arguments) { call_with(arguments, std::index_sequence_for<A...>{}); }
+  SIMT_RAW static void call(void** arguments) {
+    call_with(arguments, std::index_sequence_for<A...>{});
+  }
   // with what stands in the parentheses of its __launch_bounds__
   static constexpr SimtKernel describe(const char* name, int max_threads, int = 0) {
     return {name, max_threads, sizeof...(A), PARAMETERS, call};

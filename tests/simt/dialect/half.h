@@ -13,26 +13,26 @@ SIMT_RAW inline float simt_bfloat16_to_float(uint16_t bits) {
   return simt_bits<float>(uint32_t(bits) << 16);
 }
 
-#define SIMT_DEFINE_16BIT(NAME, PAIR, FORMAT)                                              \
-  struct NAME {                                                                            \
-    uint16_t x;                                                                            \
-    NAME() = default;                                                                      \
-    NAME(float f) : x(simt_float_to_##FORMAT(f)) {}                                        \
-    operator float() const { return simt_##FORMAT##_to_float(x); }                         \
-    NAME& operator+=(NAME b) { return *this = NAME(float(*this) + float(b)); }             \
-    NAME& operator-=(NAME b) { return *this = NAME(float(*this) - float(b)); }             \
-    NAME& operator*=(NAME b) { return *this = NAME(float(*this) * float(b)); }             \
-  };                                                                                       \
-  struct alignas(4) PAIR {                                                                 \
-    NAME x, y;                                                                             \
-  };                                                                                       \
-  inline NAME __hadd(NAME a, NAME b) { return NAME(float(a) + float(b)); }                 \
-  inline NAME __hmul(NAME a, NAME b) { return NAME(float(a) * float(b)); }                 \
-  inline PAIR __hadd2(PAIR a, PAIR b) { return {__hadd(a.x, b.x), __hadd(a.y, b.y)}; }     \
-  inline PAIR __hmul2(PAIR a, PAIR b) { return {__hmul(a.x, b.x), __hmul(a.y, b.y)}; }     \
-  inline PAIR __hfma2(PAIR a, PAIR b, PAIR c) {                                            \
-    return {NAME(fmaf(a.x, b.x, c.x)), NAME(fmaf(a.y, b.y, c.y))};                         \
-  }                                                                                        \
+#define SIMT_DEFINE_16BIT(NAME, PAIR, FORMAT)                                          \
+  struct NAME {                                                                        \
+    uint16_t x;                                                                        \
+    NAME() = default;                                                                  \
+    NAME(float f) : x(simt_float_to_##FORMAT(f)) {}                                    \
+    operator float() const { return simt_##FORMAT##_to_float(x); }                     \
+    NAME& operator+=(NAME b) { return *this = NAME(float(*this) + float(b)); }         \
+    NAME& operator-=(NAME b) { return *this = NAME(float(*this) - float(b)); }         \
+    NAME& operator*=(NAME b) { return *this = NAME(float(*this) * float(b)); }         \
+  };                                                                                   \
+  struct alignas(4) PAIR {                                                             \
+    NAME x, y;                                                                         \
+  };                                                                                   \
+  inline NAME __hadd(NAME a, NAME b) { return NAME(float(a) + float(b)); }             \
+  inline NAME __hmul(NAME a, NAME b) { return NAME(float(a) * float(b)); }             \
+  inline PAIR __hadd2(PAIR a, PAIR b) { return {__hadd(a.x, b.x), __hadd(a.y, b.y)}; } \
+  inline PAIR __hmul2(PAIR a, PAIR b) { return {__hmul(a.x, b.x), __hmul(a.y, b.y)}; } \
+  inline PAIR __hfma2(PAIR a, PAIR b, PAIR c) {                                        \
+    return {NAME(fmaf(a.x, b.x, c.x)), NAME(fmaf(a.y, b.y, c.y))};                     \
+  }                                                                                    \
   inline bool __hisnan(NAME a) { return isnan(float(a)); }
 SIMT_DEFINE_16BIT(__half, __half2, half)
 SIMT_DEFINE_16BIT(__nv_bfloat16, __nv_bfloat162, bfloat16)

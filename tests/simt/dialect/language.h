@@ -17,7 +17,8 @@
 #define __device__
 #define __host__
 #define __constant__ const
-#define __shared__ static  // one block runs at a time; the .bss of a kernel library is its shared memory
+#define __shared__ \
+  static  // one block runs at a time; the .bss of a kernel library is its shared memory
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
@@ -35,18 +36,12 @@ extern const uint3 threadIdx, blockIdx;
 extern const dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
-#define SIMT_VECTORS(T, NAME)                                                  \
-  struct alignas(2 * sizeof(T)) NAME##2 {                                      \
-    T x, y;                                                                    \
-  };                                                                           \
-  struct NAME##3 {                                                             \
-    T x, y, z;                                                                 \
-  };                                                                           \
-  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) NAME##4 {            \
-    T x, y, z, w;                                                              \
-  };                                                                           \
-  inline NAME##2 make_##NAME##2(T x, T y) { return {x, y}; }                   \
-  inline NAME##3 make_##NAME##3(T x, T y, T z) { return {x, y, z}; }           \
+#define SIMT_VECTORS(T, NAME)                                                        \
+  struct alignas(2 * sizeof(T)) NAME##2 { T x, y; };                                 \
+  struct NAME##3 { T x, y, z; };                                                     \
+  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) NAME##4 { T x, y, z, w; }; \
+  inline NAME##2 make_##NAME##2(T x, T y) { return {x, y}; }                         \
+  inline NAME##3 make_##NAME##3(T x, T y, T z) { return {x, y, z}; }                 \
   inline NAME##4 make_##NAME##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 #define uint3 simt_uint3  // SIMT_VECTORS(unsigned, uint) would define it a second time
 SIMT_VECTORS(float, float)

@@ -13,11 +13,15 @@ struct SimtTf32 {
 };
 struct SimtF16 {
   static constexpr int PER_REGISTER = 2;
-  SIMT_RAW static float element(u32 bits, int i) { return simt_half_to_float(uint16_t(bits >> 16 * i)); }
+  SIMT_RAW static float element(u32 bits, int i) {
+    return simt_half_to_float(uint16_t(bits >> 16 * i));
+  }
 };
 struct SimtBf16 {
   static constexpr int PER_REGISTER = 2;
-  SIMT_RAW static float element(u32 bits, int i) { return simt_bfloat16_to_float(uint16_t(bits >> 16 * i)); }
+  SIMT_RAW static float element(u32 bits, int i) {
+    return simt_bfloat16_to_float(uint16_t(bits >> 16 * i));
+  }
 };
 
 template <class TYPE, int K>
@@ -35,7 +39,8 @@ struct SimtMma {
       auto& mine = *static_cast<const Fragments*>(in[lane]);
       const int g = lane / 4, t = lane % 4;
       for (int i = 0; i < E; ++i) {
-        for (int r = 0; r < 4; ++r) A[g + 8 * (r % 2)][t * E + i + r / 2 * 4 * E] = TYPE::element(mine.a[r], i);
+        for (int r = 0; r < 4; ++r)
+          A[g + 8 * (r % 2)][t * E + i + r / 2 * 4 * E] = TYPE::element(mine.a[r], i);
         for (int r = 0; r < 2; ++r) B[t * E + i + r * 4 * E][g] = TYPE::element(mine.b[r], i);
       }
     }
@@ -50,7 +55,8 @@ struct SimtMma {
     }
   }
 
-  static SIMT_INLINE void run(const char* what, int line, float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  static SIMT_INLINE void run(const char* what, int line, float (&d)[4], const u32 (&a)[4],
+                              const u32 (&b)[2]) {
     Fragments in;
     float result[4];
     std::memcpy(in.a, a, sizeof a);
@@ -61,15 +67,15 @@ struct SimtMma {
   }
 };
 SIMT_INLINE void mma_m16n8k8_tf32(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2],
-                             int line = __builtin_LINE()) {
+                                  int line = __builtin_LINE()) {
   SimtMma<SimtTf32, 8>::run("mma_m16n8k8_tf32", line, d, a, b);
 }
 SIMT_INLINE void mma_m16n8k16_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2],
-                             int line = __builtin_LINE()) {
+                                  int line = __builtin_LINE()) {
   SimtMma<SimtF16, 16>::run("mma_m16n8k16_f16", line, d, a, b);
 }
 SIMT_INLINE void mma_m16n8k16_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2],
-                              int line = __builtin_LINE()) {
+                                   int line = __builtin_LINE()) {
   SimtMma<SimtBf16, 16>::run("mma_m16n8k16_bf16", line, d, a, b);
 }
 
@@ -99,9 +105,9 @@ SIMT_INLINE void simt_run_ldmatrix(const char* what, int line, u32* r, const voi
   }
   simt_warp(what, line, ~0u, row, r, simt_ldmatrix<MATRICES, TRANSPOSED>);
 }
-#define SIMT_DEFINE_LDMATRIX(NAME, MATRICES, TRANSPOSED)                                      \
-  SIMT_INLINE void NAME(u32 (&r)[MATRICES], const void* row, int line = __builtin_LINE()) {        \
-    simt_run_ldmatrix<MATRICES, TRANSPOSED>(#NAME, line, r, row);                             \
+#define SIMT_DEFINE_LDMATRIX(NAME, MATRICES, TRANSPOSED)                                   \
+  SIMT_INLINE void NAME(u32(&r)[MATRICES], const void* row, int line = __builtin_LINE()) { \
+    simt_run_ldmatrix<MATRICES, TRANSPOSED>(#NAME, line, r, row);                          \
   }
 SIMT_DEFINE_LDMATRIX(ldmatrix_x2, 2, false)
 SIMT_DEFINE_LDMATRIX(ldmatrix_x2_trans, 2, true)

@@ -20,7 +20,8 @@ struct SimtShuffled {
   int argument, width;
 };
 
-// The lane that `lane` reads from; its own where the source lies outside its segment of `width` lanes.
+// The lane that `lane` reads from; its own where the source lies outside its segment of `width`
+// lanes.
 SIMT_RAW constexpr int simt_source_lane(SimtShuffle how, int lane, int argument, int width) {
   int first = lane & ~(width - 1), last = first + width - 1, source = lane;
   switch (how) {
@@ -40,19 +41,18 @@ SIMT_RAW void simt_shuffle(const void* const* in, void* const* out, unsigned lan
     int source = simt_source_lane(HOW, lane, mine.argument, mine.width);
     if (lanes >> source & 1)
       std::memcpy(out[lane], &static_cast<const SimtShuffled<T>*>(in[source])->value, sizeof(T));
-    else
-      std::memset(out[lane], 0xff, sizeof(T));  // undefined in CUDA: poison
+    else std::memset(out[lane], 0xff, sizeof(T));  // undefined in CUDA: poison
   }
 }
 
-#define SIMT_DEFINE_SHUFFLE(NAME, HOW, ARGUMENT)                                        \
-  template <class T>                                                                    \
-  SIMT_INLINE T NAME(unsigned mask, T value, ARGUMENT argument, int width = 32,     \
-                         int line = __builtin_LINE()) {                                 \
-    SimtShuffled<T> in{value, static_cast<int>(argument), width};                       \
-    T out;                                                                              \
-    simt_warp(#NAME, line, mask, &in, &out, simt_shuffle<T, SimtShuffle::HOW>);         \
-    return out;                                                                         \
+#define SIMT_DEFINE_SHUFFLE(NAME, HOW, ARGUMENT)                                \
+  template <class T>                                                            \
+  SIMT_INLINE T NAME(unsigned mask, T value, ARGUMENT argument, int width = 32, \
+                     int line = __builtin_LINE()) {                             \
+    SimtShuffled<T> in{value, static_cast<int>(argument), width};               \
+    T out;                                                                      \
+    simt_warp(#NAME, line, mask, &in, &out, simt_shuffle<T, SimtShuffle::HOW>); \
+    return out;                                                                 \
   }
 SIMT_DEFINE_SHUFFLE(__shfl_sync, INDEX, int)
 SIMT_DEFINE_SHUFFLE(__shfl_up_sync, UP, unsigned)
@@ -80,8 +80,12 @@ SIMT_RAW inline unsigned simt_ballot(const void* const* in, unsigned lanes) {
     if ((lanes >> lane & 1) && *static_cast<const int*>(in[lane])) ballot |= 1u << lane;
   return ballot;
 }
-SIMT_RAW inline int simt_any(const void* const* in, unsigned lanes) { return simt_ballot(in, lanes) != 0; }
-SIMT_RAW inline int simt_all(const void* const* in, unsigned lanes) { return simt_ballot(in, lanes) == lanes; }
+SIMT_RAW inline int simt_any(const void* const* in, unsigned lanes) {
+  return simt_ballot(in, lanes) != 0;
+}
+SIMT_RAW inline int simt_all(const void* const* in, unsigned lanes) {
+  return simt_ballot(in, lanes) == lanes;
+}
 
 SIMT_INLINE unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
   return simt_vote<unsigned, int, simt_ballot>("__ballot_sync", line, mask, predicate);
@@ -101,20 +105,20 @@ SIMT_RAW T simt_fold(const void* const* in, unsigned lanes, F f) {
     result = f(result, *static_cast<const T*>(in[__builtin_ctz(rest)]));
   return result;
 }
-#define SIMT_DEFINE_REDUCE(NAME, EXPRESSION)                                                   \
-  template <class T>                                                                           \
-  SIMT_RAW T simt_##NAME(const void* const* in, unsigned lanes) {                              \
-    return simt_fold<T>(in, lanes, [](T a, T b) SIMT_RAW { return T(EXPRESSION); });           \
-  }                                                                                            \
-  template <class T>                                                                           \
-  SIMT_INLINE T __reduce_##NAME##_sync(unsigned mask, T value, int line = __builtin_LINE()) {       \
-    static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned>);                      \
-    return simt_vote<T, T, simt_##NAME<T>>("__reduce_" #NAME "_sync", line, mask, value);      \
+#define SIMT_DEFINE_REDUCE(NAME, EXPRESSION)                                                  \
+  template <class T>                                                                          \
+  SIMT_RAW T simt_##NAME(const void* const* in, unsigned lanes) {                             \
+    return simt_fold<T>(in, lanes, [](T a, T b) SIMT_RAW { return T(EXPRESSION); });          \
+  }                                                                                           \
+  template <class T>                                                                          \
+  SIMT_INLINE T __reduce_##NAME##_sync(unsigned mask, T value, int line = __builtin_LINE()) { \
+    static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned>);                     \
+    return simt_vote<T, T, simt_##NAME<T>>("__reduce_" #NAME "_sync", line, mask, value);     \
   }
 SIMT_DEFINE_REDUCE(add, unsigned(a) + unsigned(b))
 SIMT_DEFINE_REDUCE(min, a < b ? a : b)
 SIMT_DEFINE_REDUCE(max, a < b ? b : a)
-SIMT_DEFINE_REDUCE(and, a & b)
+SIMT_DEFINE_REDUCE(and, a& b)
 SIMT_DEFINE_REDUCE(or, a | b)
 SIMT_DEFINE_REDUCE(xor, a ^ b)
 
@@ -124,7 +128,8 @@ SIMT_RAW void simt_match(const void* const* in, void* const* out, unsigned lanes
     if (!(lanes >> lane & 1)) continue;
     unsigned equal = 0;
     for (int other = 0; other < 32; ++other)
-      if ((lanes >> other & 1) && !std::memcmp(in[lane], in[other], sizeof(T))) equal |= 1u << other;
+      if ((lanes >> other & 1) && !std::memcmp(in[lane], in[other], sizeof(T)))
+        equal |= 1u << other;
     *static_cast<unsigned*>(out[lane]) = equal;
   }
 }

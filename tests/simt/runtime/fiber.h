@@ -69,8 +69,8 @@ struct Fiber {
   Context context;
 };
 
-// All fibers run `entry`, which must never return. Their stacks lie in one piece of address space, so
-// that an access to one is recognised at once.
+// All fibers run `entry`, which must never return. Their stacks lie in one piece of address space,
+// so that an access to one is recognised at once.
 class FiberPool {
  public:
   static constexpr size_t STACK_SIZE = 256 << 10, MOST_FIBERS = 1024;

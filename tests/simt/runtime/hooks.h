@@ -1,10 +1,10 @@
 // The calls that -fsanitize=thread, =undefined and -fsanitize-coverage=trace-pc put into kernels.
 // Included by runtime.cpp, inside extern "C".
 
-#define SIMT_ACCESS_HOOKS(SIZE)                                                                       \
-  void __tsan_read##SIZE(void* p) { check_access(p, SIZE, READ, CALLER); }                            \
-  void __tsan_write##SIZE(void* p) { check_access(p, SIZE, WRITE, CALLER); }                          \
-  void __tsan_unaligned_read##SIZE(void* p) { check_access(p, SIZE, READ, CALLER); }                  \
+#define SIMT_ACCESS_HOOKS(SIZE)                                                      \
+  void __tsan_read##SIZE(void* p) { check_access(p, SIZE, READ, CALLER); }           \
+  void __tsan_write##SIZE(void* p) { check_access(p, SIZE, WRITE, CALLER); }         \
+  void __tsan_unaligned_read##SIZE(void* p) { check_access(p, SIZE, READ, CALLER); } \
   void __tsan_unaligned_write##SIZE(void* p) { check_access(p, SIZE, WRITE, CALLER); }
 SIMT_ACCESS_HOOKS(1)
 SIMT_ACCESS_HOOKS(2)

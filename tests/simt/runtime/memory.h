@@ -2,16 +2,21 @@
 #pragma once
 #include <sys/mman.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
 namespace simt {
 
+using std::ptrdiff_t;
+using std::size_t;
+
 // Who made an access, and when. An access happens before another one of the same block if a
-// barrier lies between them (`epoch` counts barriers), or if both are of one warp and __syncwarp has
-// told the later thread of the earlier one's `clock` (each lane keeps a clock for every lane of its
-// warp). Nothing orders the threads of different blocks.
+// barrier lies between them (`epoch` counts barriers), or if both are of one warp and __syncwarp
+// has told the later thread of the earlier one's `clock` (each lane keeps a clock for every lane of
+// its warp). Nothing orders the threads of different blocks.
 struct Stamp {
   int block;  // one more than the block's index; 0: nobody yet
   short thread;
@@ -19,8 +24,9 @@ struct Stamp {
   unsigned epoch, clock;
 };
 
-// The history of a few bytes: the last writer and the last readers, of two different warps. (A third
-// warp's read is forgotten, so a race with it alone can be missed; forgetting never invents one.)
+// The history of a few bytes: the last writer and the last readers, of two different warps. (A
+// third warp's read is forgotten, so a race with it alone can be missed; forgetting never invents
+// one.)
 struct Cell {
   Stamp writer, readers[2];
 };
