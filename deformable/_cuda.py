@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import functools
 import re
+import threading
 from collections.abc import Iterator
 from importlib import resources
 from typing import Any
@@ -23,6 +24,7 @@ CTYPE = {
 }
 THREADS = 256
 
+_shared_memory = threading.Lock()
 _precision = contextvars.ContextVar("float32_precision", default="highest")
 
 
@@ -132,12 +134,19 @@ def launch(
     )
     kernel = _kernel(file, name, options, cupy.cuda.runtime.getDevice())
     if shared > 48 << 10:
-        kernel.max_dynamic_shared_size_bytes = shared
+        _allow_shared(kernel, shared)
     values = tuple(
         struct(a) if isinstance(a, tuple) else np.int64(a) if isinstance(a, int) else a
         for a in args
     )
     kernel(grid, block, values, shared_mem=shared)
+
+
+def _allow_shared(kernel: Any, size: int) -> None:
+    """Let a kernel have so much shared memory; what other threads launch it with stays allowed."""
+    with _shared_memory:
+        if kernel.max_dynamic_shared_size_bytes < size:
+            kernel.max_dynamic_shared_size_bytes = size
 
 
 def launch_rows(file: str, name: str, rows: int, width: int, *args: Any, **defines: Any) -> None:

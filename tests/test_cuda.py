@@ -92,3 +92,26 @@ def test_thread_rows_never_straddle_a_warp(width):
     lanes, rows = _cuda.row_block(width)
     assert lanes * rows == _cuda.THREADS
     assert 32 % lanes == 0 and (lanes >= min(width, 32))
+
+
+SHARED = """
+#include "ptx.cuh"
+extern "C" __global__ void __launch_bounds__(32) probe(float* out) {
+  DYN_SHARED(float, room);
+  room[threadIdx.x] = threadIdx.x;
+  __syncthreads();
+  out[threadIdx.x] = room[31 - threadIdx.x];
+}
+"""
+
+
+def test_a_launch_with_less_shared_memory_takes_none_from_others(xp, monkeypatch):
+    """Threads that launch one kernel with two sizes would otherwise forbid each other's."""
+    probe = SHARED.replace('#include "ptx.cuh"', _cuda.source("ptx.cuh"))
+    monkeypatch.setattr(_cuda, "source", lambda file: probe)
+    out = xp.empty(32, np.float32)
+    for size in 60 << 10, 50 << 10:
+        _cuda.launch("probe.cu", "probe", (1,), (32,), out, shared=size)
+        assert host(xp, out)[0] == 31
+    kernel = _cuda._kernel("probe.cu", "probe", (), xp.cuda.runtime.getDevice())
+    assert kernel.max_dynamic_shared_size_bytes >= 60 << 10
