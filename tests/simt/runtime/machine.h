@@ -16,6 +16,7 @@ uint3 threadIdx, blockIdx, blockDim, gridDim;  // those of the thread that runs
 namespace simt {
 
 constexpr int WARP = 32;
+constexpr size_t STEPS_OF_A_WAIT = 64;  // waiting takes time as so many accesses do
 typedef void (*Collective)(const void* const* in, void* const* out, unsigned lanes);
 enum Access { READ, WRITE, ATOMIC };
 const char* const ACCESS[] = {"read", "write", "atomic"};
@@ -38,7 +39,7 @@ struct Launch {
   size_t steps;  // memory accesses and basic blocks before the launch counts as endless
 };
 
-enum class State { NEW, READY, AT_BARRIER, IN_WARP, DONE };
+enum class State { NEW, READY, AT_BARRIER, IN_WARP, DONE };  // of a thread
 
 struct CopyInFlight {
   void* shared;
@@ -52,10 +53,11 @@ struct CopyInFlight {
 struct Thread {
   State state;
   Fiber* fiber;
-  // where it waits, and for AT a collective with what
+  // what it waits in, and where
   const char* what;
   int line;
   const void* address;
+  // if that is a collective: with which lanes, its argument, its result, and what it computes
   unsigned mask;
   const void* in;
   void* out;

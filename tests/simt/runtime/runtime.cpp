@@ -40,7 +40,7 @@ void simt_barrier(int line) {
   thread.what = "__syncthreads";
   thread.line = line;
   thread.address = CALLER;
-  spend(64, CALLER);
+  spend(STEPS_OF_A_WAIT, CALLER);
   if (m.living < m.thread_count)
     fail(CALLER, "barrier divergence: __syncthreads of line %d after %d threads have returned",
          line, m.thread_count - m.living);
@@ -58,7 +58,7 @@ void simt_warp(const char* what, int line, unsigned mask, const void* in, void* 
   thread.in = in;
   thread.out = out;
   thread.run = run;
-  spend(64, CALLER);
+  spend(STEPS_OF_A_WAIT, CALLER);
   const int lane = m.current % WARP;
   if (!(mask >> lane & 1))
     fail(CALLER, "%s of line %d: the mask %08x does not name the calling lane %d", what, line, mask,

@@ -60,17 +60,21 @@ void complete_collective(int warp_index, unsigned mask) {
   warp.waiting &= ~lanes;
 }
 
+void report_return_before_barrier() {
+  for (const Thread& other : m.threads)
+    if (other.state == State::AT_BARRIER)
+      fail(other.address,
+           "barrier divergence: this thread has returned while %d others wait at the __syncthreads "
+           "of line %d",
+           m.at_barrier, other.line);
+}
+
 void finish_thread() {
   Thread& thread = m.thread();
   if (!thread.copies.empty()) fail(thread.copies[0].address, "a cp_async was never waited for");
   thread.state = State::DONE;
   --m.living;
-  for (const Thread& other : m.threads)
-    if (m.at_barrier && other.state == State::AT_BARRIER)
-      fail(other.address,
-           "barrier divergence: this thread has returned while %d others wait at the __syncthreads "
-           "of line %d",
-           m.at_barrier, other.line);
+  if (m.at_barrier) report_return_before_barrier();
   m.warp().alive &= ~(1u << m.current % WARP);
   const int warp = m.current / WARP;
   for (unsigned rest = m.warp().waiting; rest; rest &= rest - 1)
