@@ -77,7 +77,10 @@ POOLINGS = [
     ),
 ]  # fmt: skip
 LARGE = Convolution("large", 8, 64, 112, 112, 64)  # for its memory only
+EVERY = [*CONVOLUTIONS, *POOLINGS, LARGE]
 DTYPES = ("float32", "float64")
+# of a rival's error: rounding in float32 may take torchvision's roi_pool into the next pixel
+RIVAL_LIMIT = 0.05
 
 
 def main() -> None:
@@ -89,12 +92,13 @@ def main() -> None:
     ran = environment(PACKAGES, threads=options.threads, blas=_blas())
     log = Log(None if options.tiny else options.output, ran)
     print(f"{ran}\n")
-    for workload in _workloads(options, [*CONVOLUTIONS, *POOLINGS]):
-        for dtype in options.dtypes:
-            for mode in (FORWARD, BOTH):
-                _measure(workload, dtype, mode, options, log)
+    if not options.no_times:
+        for workload in _workloads(options, [*CONVOLUTIONS, *POOLINGS]):
+            for dtype in options.dtypes:
+                for mode in (FORWARD, BOTH):
+                    _measure(workload, dtype, mode, options, log)
     if not options.no_memory:
-        for workload in _workloads(options, [*CONVOLUTIONS, *POOLINGS, LARGE]):
+        for workload in _workloads(options, EVERY):
             for mode in (FORWARD, BOTH):
                 _measure_memory(workload, mode, options, log)
     print(summary(log.records))
@@ -117,7 +121,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=4.0, help="of turns per line")
     parser.add_argument("--only", default="", help="comma-separated words: labels must have one")
     parser.add_argument("--dtypes", type=lambda s: s.split(","), default=list(DTYPES))
-    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument("--no-times", action="store_true", help="memory only")
     parser.add_argument("--tiny", action="store_true", help="try it out; no results are written")
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu.jsonl")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -174,17 +179,19 @@ def _result_shape(workload: Workload) -> tuple[int, int, int, int]:
 
 def _contenders(
     workload: Workload, arrays: Mapping[str, np.ndarray], grad_y: np.ndarray, threads: int
-) -> list[Contender]:
+) -> Iterator[Contender]:
     """This library first, then every rival that is installed and has the operator."""
-    ours = library_call(workload.operator, arrays, workload.keywords, grad_y)
-    found = [Contender(OURS, ours), _torchvision(workload, arrays, grad_y, threads)]
+    yield Contender(OURS, library_call(workload.operator, arrays, workload.keywords, grad_y))
+    found = [_torchvision(workload, arrays, grad_y, threads)]
     if isinstance(workload, Convolution):
         for rival in (rivals.onnxruntime, rivals.openvino):
             found.append(rival(arrays, workload.keywords, threads))
-    return [contender for contender in found if contender is not None]
+    yield from (contender for contender in found if contender is not None)
 
 
-def _torchvision(workload, arrays, grad_y, threads):
+def _torchvision(
+    workload: Workload, arrays: Mapping[str, np.ndarray], grad_y: np.ndarray, threads: int
+) -> Contender | None:
     torch = rivals.find("torch")
     if torch is None:
         return None
@@ -242,10 +249,11 @@ def _measure(
         if same_operator:
             errors[contender.name] = verify(contender, mode, reference)
             worst = max(errors[contender.name].values())
-            if not worst <= LIMITS[dtype]:
+            limit = LIMITS[dtype] if contender.name == OURS else RIVAL_LIMIT
+            if not worst <= limit:
                 raise AssertionError(
-                    f"{workload.label} {dtype} {mode}: {contender.name} is off by "
-                    f"{errors[contender.name]}, expected at most {LIMITS[dtype]}"
+                    f"{workload.operator} {workload.label} {dtype} {mode}: {contender.name} is "
+                    f"off by {errors[contender.name]}, expected at most {limit}"
                 )
         calls[contender.name] = contender.calls[mode]
     if workload.products is not None:
@@ -271,8 +279,7 @@ def _measure_memory(workload: Workload, mode: str, options: argparse.Namespace, 
     for name in (OURS, "torchvision"):
         if name == "torchvision" and rivals.find("torchvision") is None:
             continue
-        every = [*CONVOLUTIONS, *POOLINGS, LARGE]
-        number = next(i for i, w in enumerate(every) if workload in (w, w.tiny()))
+        number = next(i for i, w in enumerate(EVERY) if workload in (w, w.tiny()))
         command = [sys.executable, "-m", "benchmarks.bench_cpu", f"--threads={options.threads}"]
         command += ["--tiny"] * options.tiny + ["--memory-of", json.dumps([number, name, mode])]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -286,12 +293,14 @@ def _measure_memory(workload: Workload, mode: str, options: argparse.Namespace, 
 
 def _peak_growth(number: int, name: str, mode: str, options: argparse.Namespace) -> int:
     """Bytes by which the resident memory of this process peaks above its size before one call."""
-    workload = [*CONVOLUTIONS, *POOLINGS, LARGE][number]
+    workload = EVERY[number]
     small = workload.tiny()
     for one in (small, small if options.tiny else workload):  # the first loads the code
         arrays, grad_y = _arguments(one, "float32")
-        contenders = {c.name: c for c in _contenders(one, arrays, grad_y, options.threads)}
-        call = contenders[name].calls[mode]
+        if name == OURS:
+            call = library_call(one.operator, arrays, one.keywords, grad_y)[mode]
+        else:
+            call = _torchvision(one, arrays, grad_y, options.threads).calls[mode]
         ctypes.CDLL(None).malloc_trim(0)  # what the drawing of arguments left behind
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = _status("VmRSS")
@@ -313,7 +322,7 @@ def _time_table(records: list[dict[str, Any]]) -> str:
     names = dict.fromkeys(name for record in records for name in record["times"])
     others = [name for name in names if name not in (OURS, "products")]
     title = ["operator", "workload", "dtype", "mode", "ms (p10-p90)", "products"]
-    rows = [[*title, *(f"{name} ms, ×" for name in others), "busy", "error"]]
+    rows = [[*title, *(f"{name} ms, ×" for name in others), "busy", "errors"]]
     for record in records:
         times, errors = record["times"], record["errors"]
         ours = times[OURS]["median"]
@@ -325,10 +334,10 @@ def _time_table(records: list[dict[str, Any]]) -> str:
             else "-"
             for name in others
         ]
-        worst = max(errors[OURS].values())
+        worst = ", ".join(f"{max(error.values()):.0e}" for error in errors.values())
         rows.append(
             [record["operator"], record["label"], record["dtype"], record["mode"], spread, products,
-             *against, f"{record['busy']:.2f}", f"{worst:.0e}"]
+             *against, f"{record['busy']:.2f}", worst]
         )  # fmt: skip
     return table(rows)
 

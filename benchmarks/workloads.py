@@ -42,7 +42,7 @@ class Convolution:
     offset_groups: int = 1
     modulated: bool = False
     spread: float = 2.0  # standard deviation of the offsets, in pixels
-    outside: float = 0.05  # share of the samples that are sent out of the image
+    outside: float = 0.0  # share of the samples that are sent out of the image
     operator: str = "deform_conv2d"
 
     @property
