@@ -1,4 +1,4 @@
-"""Where a RoI lies, where its bins look and what a pixel weighs there: twin of ``cuda/roi.cuh``.
+"""Where RoIs lie, where their bins look and what a pixel weighs there: NumPy and ``cuda/roi.cuh``.
 
 All operators of the family cut a RoI into bins. Along an axis a bin holds a run of samples, evenly
 spaced, and a sample at t sees the pixel p with the weight of a hat, max(0, 1 − |p − t|). Whether
@@ -19,11 +19,12 @@ of them are inside, jumps.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_array
 
+from deformable import _cuda
 from deformable._array import (
     INT32_MAX,
     Array,
@@ -33,6 +34,7 @@ from deformable._array import (
     check_dtypes,
     check_library,
     check_shape,
+    compute_dtype,
     pair,
     real_number,
 )
@@ -56,7 +58,7 @@ class RoIGeometry(NamedTuple):
     sampling_h: int  # samples of a bin along y; below 1: one per pixel
     sampling_w: int
     classes: int  # equal shares of the output's channels with offsets of their own
-    part_h: int  # offsets along y
+    part_h: int  # offsets along y; 0: there are none
     part_w: int
     spatial_scale: float
     gamma: float
@@ -79,6 +81,16 @@ class RoIGeometry(NamedTuple):
     def bins(self) -> int:
         """Bins of a RoI, one per class."""
         return self.pooled_h * self.pooled_w * self.classes
+
+    @property
+    def rows(self) -> int:
+        """Bins of all RoIs."""
+        return self.rois * self.bins
+
+    @property
+    def shifted(self) -> bool:
+        """Whether there are offsets."""
+        return self.part_h > 0
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
@@ -224,7 +236,7 @@ def boxes(function: str, g: RoIGeometry, rule: Rule, rois: np.ndarray) -> Boxes:
     if rule.rounding == MAP:
         first, last = _round(first), _round(last) + 1
     first, last = first - rule.shift, last - rule.shift
-    size = np.maximum(last - first, rule.least)
+    size = np.fmax(last - first, rule.least)
     return Boxes(image.astype(np.int64), first[:, 1], first[:, 0], size[:, 1], size[:, 0])
 
 
@@ -498,3 +510,115 @@ def blocks(
 def matrix_bytes(at: Bins) -> np.ndarray:
     """About what each row takes while its matrix is made."""
     return ENTRY_BYTES * at.y.pixels[at.run_y] * at.x.pixels[at.run_x]
+
+
+# ---- CUDA: cuda/roi.cu
+
+RUN = 10  # doubles in a Run of cuda/roi.cuh
+TILE_WIDTH = 8  # pixels of a row whose gradients a thread sums up
+
+
+class Plan(NamedTuple):
+    """Where the bins of all RoIs look, on a GPU."""
+
+    runs_y: Array
+    runs_x: Array
+    images: Array  # (K,)
+    keys: Array  # (K,): image · K + RoI, sorted these are the RoIs by their images
+
+
+def make_plan(g: RoIGeometry, rule: Rule, rois: Array, offset: Array | None = None) -> Plan:
+    """The bins of ``rois``, shifted by ``offset``."""
+    xp = array_module(rois)
+    sizes = [g.rows if g.shifted else g.rois * pooled for pooled in (g.pooled_h, g.pooled_w)]
+    runs_y, runs_x = (xp.empty((size, RUN), np.float64) for size in sizes)
+    plan = Plan(runs_y, runs_x, xp.empty(g.rois, np.int32), xp.empty(g.rois, np.int64))
+    _cuda.launch(
+        "roi.cu", "plan", (-(-max(sizes) // _cuda.THREADS),), (_cuda.THREADS,),
+        in_double(rois), in_double(offset), *plan, g, rule,
+        **macros(g, np.dtype(np.float64)),
+    )  # fmt: skip
+    return plan
+
+
+def in_double(array: Array | None) -> Array | None:
+    """RoIs, offsets or masks as kernels read them: contiguous and in float64."""
+    if array is None:
+        return None
+    return array_module(array).ascontiguousarray(array, dtype=np.float64)
+
+
+def macros(g: RoIGeometry, dtype: np.dtype, vec: int = 1, rows: int = 1) -> dict[str, Any]:
+    """The macros of all kernels, for blocks of so many thread rows."""
+    most = max(g.rows, g.batch * g.height * g.width)
+    index = "int" if most <= INT32_MAX else "int64"  # counts rows and pixels
+    return {"DTYPE": dtype, "VEC": vec, "INDEX": index, "ROWS": rows, "COLUMNS": TILE_WIDTH}
+
+
+def launch_bins(
+    file: str, name: str, g: RoIGeometry, vectors: tuple[Array, ...], *args: Any
+) -> None:
+    """Run a kernel with a thread row per bin, whose lanes move channels of ``vectors``."""
+    vec = _cuda.vector_width(g.depth, *vectors)
+    lanes, rows = _block(g, vec)
+    _cuda.launch(
+        file, name, (-(-g.rows // rows),), (lanes, rows), *args,
+        **macros(g, vectors[0].dtype, vec, rows),
+    )  # fmt: skip
+
+
+def gather(
+    file: str, name: str, g: RoIGeometry, plan: Plan, rows: tuple[Array, ...], *args: Any
+) -> Array:
+    """The gradient of the image, which a kernel gathers by tiles of pixels from ``rows``."""
+    xp, dtype = array_module(rows[0]), rows[0].dtype
+    grad_image = xp.empty((g.batch * g.height * g.width * g.planes, g.depth), dtype)
+    vec = min(4, _cuda.vector_width(g.depth, *rows, grad_image))  # times TILE_WIDTH sums
+    lanes, tile_height = _block(g, vec)
+    tiles = -(-g.height // tile_height) * -(-g.width // TILE_WIDTH)
+    chunks = -(-g.depth // (lanes * vec))
+    keys = xp.sort(plan.keys)
+    starts = xp.searchsorted(keys, xp.arange(g.batch + 1) * g.rois)
+    _cuda.launch(
+        file, name, (g.batch * tiles * g.planes * chunks,), (lanes, tile_height),
+        *rows, plan.runs_y, plan.runs_x, keys, starts, grad_image, *args,
+        **macros(g, dtype, vec, tile_height),
+    )  # fmt: skip
+    return image_from_rows(grad_image, g)
+
+
+def cuda_maximum(file: str, g: RoIGeometry, rule: Rule, x: Array, rois: Array) -> Array:
+    """The largest values of the bins, by the kernel ``maximum`` of an operator's file."""
+    with x.device:
+        image = arrange(x, g, x.dtype)
+        y = array_module(x).empty((g.rows, g.depth), x.dtype)
+        plan = make_plan(g, rule, rois)
+        launch_bins(
+            file, "maximum", g, (image, y),
+            image, plan.runs_y, plan.runs_x, plan.images, y, None, None, g,
+        )  # fmt: skip
+        return output_from_rows(y, g)
+
+
+def cuda_maximum_backward(
+    file: str, g: RoIGeometry, rule: Rule, grad_y: Array, x: Array, rois: Array
+) -> Array:
+    """Gradient of the image of :func:`cuda_maximum`."""
+    with x.device:
+        image = arrange(x, g, x.dtype)
+        places = (g.rows, g.depth), compute_dtype(x.dtype)
+        winner_y, winner_x = (array_module(x).empty(*places) for _ in range(2))
+        plan = make_plan(g, rule, rois)
+        launch_bins(
+            file, "maximum", g, (image, winner_y, winner_x),
+            image, plan.runs_y, plan.runs_x, plan.images, None, winner_y, winner_x, g,
+        )  # fmt: skip
+        grad = output_rows(grad_y, g, x.dtype)
+        rows = grad, winner_y, winner_x
+        return gather("roi_pool.cu", "winner_gradient", g, plan, rows, g)
+
+
+def _block(g: RoIGeometry, vec: int) -> tuple[int, int]:
+    """Lanes and thread rows of a block: 8 to 32 of the latter."""
+    lanes, rows = _cuda.row_block(g.depth // vec)
+    return lanes, min(rows, 32)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deformable import _cuda
 from deformable._array import Array, Pair, array_module, check_shape, check_wrt, compute_dtype, pair
 from deformable._roi import (
     IMAGE,
@@ -27,14 +28,18 @@ from deformable._roi import (
     boxes,
     empty_image,
     image_from_rows,
+    in_double,
+    launch_bins,
+    macros,
     make_bins,
+    make_plan,
     mask_rows,
     matrix_bytes,
     output_rows,
     parts,
     roi_geometry,
 )
-from deformable.roi_align import ALIGNED, average
+from deformable.roi_align import ALIGNED, average, cuda_image_gradient
 
 INCLUSIVE = Rule(rounding=IMAGE, shift=0.5, least=0.1, whole=0, phase=0.0, margin=0.5, kept=1)
 
@@ -309,7 +314,7 @@ def _geometry(
         offset=offset, mask=mask, **gradient,
     )  # fmt: skip
     check_shape(function, "offset", offset, (g.rois, 2, g.pooled_h, g.pooled_w))
-    return g._replace(part_h=g.pooled_h, part_w=g.pooled_w)
+    return g if offset is None else g._replace(part_h=g.pooled_h, part_w=g.pooled_w)
 
 
 def _ps_geometry(
@@ -363,7 +368,7 @@ def _numpy_backward(function, g, rule, grad_y, x, rois, offset, mask, wanted):
     image = arrange(x, g, dtype)
     grad = output_rows(grad_y, g, dtype)
     grad_image = empty_image(g, dtype)
-    along_y, along_x, of_mask = np.zeros((3, g.rois * g.bins), dtype)
+    along_y, along_x, of_mask = np.zeros((3, g.rows), dtype)
     ones = np.ones(g.depth, dtype)
     size = matrix_bytes(at) + g.depth * dtype.itemsize
     for rows, seen, bins in blocks(g, at, size, limit=2 * grad_image.nbytes):
@@ -400,5 +405,33 @@ def _sum_over_parts(g, box, along_y, along_x):
     return by_part.transpose(2, 3, 4, 0, 1).reshape(g.rois, 2 * g.classes, g.part_h, g.part_w)
 
 
-def _cuda_backward(*a):
-    raise NotImplementedError
+# ---- CUDA: cuda/deform_roi_pool.cu, the rest is in roi_align.py
+
+
+def _cuda_backward(function, g, rule, grad_y, x, rois, offset, mask, wanted):
+    with x.device:
+        xp, dtype = array_module(x), compute_dtype(x.dtype)
+        plan = make_plan(g, rule, rois, offset)
+        grad = output_rows(grad_y, g, x.dtype)
+        grad_image = grad_offset = grad_mask = None
+        if "x" in wanted:
+            grad_image = cuda_image_gradient(g, rule, plan, grad, mask)
+        if wanted & {"offset", "mask"}:
+            image = arrange(x, g, x.dtype)
+            along = xp.empty((g.rows, 3), dtype)
+            launch_bins(
+                "deform_roi_pool.cu", "offset_gradient", g, (image, grad),
+                image, grad, plan.runs_y, plan.runs_x, plan.images, in_double(mask), along,
+                g, rule,
+            )  # fmt: skip
+        if "offset" in wanted:
+            grad_offset = xp.empty(offset.shape, dtype)
+            _cuda.launch_rows(
+                "deform_roi_pool.cu", "sum_over_parts", offset.size // 2, 1,
+                along, in_double(rois), grad_offset, g, rule,
+                **macros(g, x.dtype),
+            )  # fmt: skip
+        if "mask" in wanted:
+            of_mask = along[:, 2].reshape(g.rois, g.pooled_h, g.pooled_w, g.classes)
+            grad_mask = of_mask.sum(axis=3)
+        return grad_image, grad_offset, grad_mask

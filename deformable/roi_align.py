@@ -26,6 +26,7 @@ from deformable._roi import (
     ENTRY_BYTES,
     NONE,
     Bins,
+    Plan,
     RoIGeometry,
     RoIGradients,
     Rule,
@@ -33,9 +34,15 @@ from deformable._roi import (
     arrange,
     blocks,
     boxes,
+    cuda_maximum,
+    cuda_maximum_backward,
     empty_image,
+    gather,
     image_from_rows,
+    in_double,
+    launch_bins,
     make_bins,
+    make_plan,
     make_runs,
     mask_rows,
     matrix_bytes,
@@ -311,7 +318,7 @@ def _numpy_average(function, g, rule, x, rois, offset, mask):
     masks = mask_rows(mask, g)
     dtype = compute_dtype(x.dtype)
     image = arrange(x, g, dtype)
-    y = np.empty((g.rois * g.bins, g.depth), dtype)
+    y = np.empty((g.rows, g.depth), dtype)
     for rows, seen, part in blocks(g, at, matrix_bytes(at) + g.depth * dtype.itemsize):
         scale = part.means(rule) * masks[rows]
         y[rows] = part.pattern(g, seen, dtype).matrix(scale) @ image[seen]
@@ -328,6 +335,32 @@ def _numpy_average_backward(function, g, rule, grad_y, x, rois):
     for rows, seen, part in blocks(g, at, matrix_bytes(at), limit=2 * grad_image.nbytes):
         grad_image[seen] += part.pattern(g, seen, dtype).matrix(part.means(rule)).T @ grad[rows]
     return image_from_rows(grad_image.astype(x.dtype, copy=False), g)
+
+
+def _cuda_average(function, g, rule, x, rois, offset, mask):
+    with x.device:
+        plan = make_plan(g, rule, rois, offset)
+        image = arrange(x, g, x.dtype)
+        y = array_module(x).empty((g.rows, g.depth), x.dtype)
+        launch_bins(
+            "roi_align.cu", "average", g, (image, y),
+            image, plan.runs_y, plan.runs_x, plan.images, in_double(mask), y, g, rule,
+        )  # fmt: skip
+        return output_from_rows(y, g)
+
+
+def _cuda_average_backward(function, g, rule, grad_y, x, rois):
+    with x.device:
+        plan = make_plan(g, rule, rois)
+        return cuda_image_gradient(g, rule, plan, output_rows(grad_y, g, x.dtype))
+
+
+def cuda_image_gradient(
+    g: RoIGeometry, rule: Rule, plan: Plan, grad: Array, mask: Array | None = None
+) -> Array:
+    """Gradient of the image of :func:`average`, given that of its rows."""
+    args = in_double(mask), g, rule
+    return gather("roi_align.cu", "average_gradient", g, plan, (grad,), *args)
 
 
 # ---- maxima
@@ -348,7 +381,7 @@ def _numpy_maximum(function, g, rule, x, rois):
     at = make_bins(g, rule, boxes(function, g, rule, rois))
     dtype = compute_dtype(x.dtype)
     image = arrange(x, g, dtype)
-    y = np.empty((g.rois * g.bins, g.depth), dtype)
+    y = np.empty((g.rows, g.depth), dtype)
     for rows, seen, part in blocks(g, at, _sample_bytes(g, at, dtype)):
         samples, first, count = _samples(g, rule, part)
         values = samples.pattern(g, seen, dtype).matrix() @ image[seen]
@@ -389,8 +422,8 @@ def _samples(g: RoIGeometry, rule: Rule, at: Bins) -> tuple[Bins, np.ndarray, np
     rows, columns = kept_y[at.run_y], kept_x[at.run_x]
     inside = rows * columns
     outside = inside < at.y.total[at.run_y] * at.x.total[at.run_x]
-    # the first sample outside is the first of all, or the last of the first row, or the last of all
-    begins_inside = ~(_skips(at.y)[at.run_y] | _skips(at.x)[at.run_x])
+    # the first sample outside comes before all others, or after their first row, or after them
+    begins_inside = (inside > 0) & ~(_skips(at.y)[at.run_y] | _skips(at.x)[at.run_x])
     row_ends_outside = columns < at.x.total[at.run_x]
     stand_in = np.where(begins_inside, np.where(row_ends_outside, columns, inside), 0)
 
@@ -434,8 +467,9 @@ def _sample_bytes(g: RoIGeometry, at: Bins, dtype: np.dtype) -> np.ndarray:
     return samples * (3 * g.depth * dtype.itemsize + 4 * ENTRY_BYTES)
 
 
-def _cuda_average(*a):
-    raise NotImplementedError
+def _cuda_maximum(function, g, rule, x, rois):
+    return cuda_maximum("roi_align.cu", g, rule, x, rois)
 
 
-_cuda_average_backward = _cuda_maximum = _cuda_maximum_backward = _cuda_average
+def _cuda_maximum_backward(function, g, rule, grad_y, x, rois):
+    return cuda_maximum_backward("roi_align.cu", g, rule, grad_y, x, rois)

@@ -25,6 +25,8 @@ from deformable._roi import (
     arrange,
     blocks,
     boxes,
+    cuda_maximum,
+    cuda_maximum_backward,
     empty_image,
     image_from_rows,
     make_bins,
@@ -249,7 +251,7 @@ def _numpy_maximum(function, g, x, rois):
     at = make_bins(g, CELLS, boxes(function, g, CELLS, rois))
     dtype = compute_dtype(x.dtype)
     image = arrange(x, g, dtype)
-    y = np.empty((g.rois * g.bins, g.channels), dtype)
+    y = np.empty((g.rows, g.channels), dtype)
     for rows, seen, cells in blocks(g, at, _cell_bytes(g, at, dtype)):
         pixel, width, line, height = _lines(g, cells)
         lines = largest(image[seen], pixel, width)
@@ -303,8 +305,12 @@ def _cell_bytes(g: RoIGeometry, at: Bins, dtype: np.dtype) -> np.ndarray:
     return (at.y.total[at.run_y] + 1) * (4 * g.channels * dtype.itemsize)
 
 
-def _cuda_maximum(*a):
-    raise NotImplementedError
+# ---- CUDA: cuda/roi_pool.cu
 
 
-_cuda_maximum_backward = _cuda_maximum
+def _cuda_maximum(function, g, x, rois):
+    return cuda_maximum("roi_pool.cu", g, CELLS, x, rois)
+
+
+def _cuda_maximum_backward(function, g, grad_y, x, rois):
+    return cuda_maximum_backward("roi_pool.cu", g, CELLS, grad_y, x, rois)

@@ -1,5 +1,6 @@
 """The golden cases of an operator, and how far a result may be from them."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -31,6 +32,9 @@ def check_golden(case, dtype, forward, backward, xp):
         grad_y = data["grad_y"]
     arrays = {name: xp.asarray(a.astype(dtype)) for name, a in arrays.items()}
     keywords = {k: tuple(v) if isinstance(v, list) else v for k, v in case["kwargs"].items()}
+    for name, parameter in inspect.signature(forward).parameters.items():
+        if parameter.default is parameter.empty and name not in arrays | keywords:
+            keywords[name] = None  # an offset that the case is without
 
     gradients = backward(xp.asarray(grad_y.astype(dtype)), **arrays, **keywords)
     got = {"y": forward(**arrays, **keywords)}

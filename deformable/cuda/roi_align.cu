@@ -1,0 +1,183 @@
+// roi_align.py: means of bins, of all operators of the family that average, and maxima of samples.
+//
+// Rows are the bins of all RoIs. Layouts, all contiguous:
+//   image (N, H, W, planes, depth)   y, grad_y (rows, depth)   mask (K, PH, PW)   runs: roi.cuh
+// A mean is separable, Σ_y weight_y Σ_x weight_x pixel: every pixel that a bin sees is read once,
+// however many samples lie around it, and its weights are shared by all channels.
+#include "roi_gather.cuh"
+#include "roi_winner.cuh"
+
+constexpr int BATCH = 16;
+
+// A thread row computes one bin. Its lanes weigh a tile of pixels together, then each sums channels.
+extern "C" __global__ void __launch_bounds__(256, 2)
+    average(const T* __restrict__ image, const Run* __restrict__ runs_y,
+            const Run* __restrict__ runs_x, const int* __restrict__ images,
+            const double* __restrict__ mask, T* __restrict__ y, const RoIGeometry g,
+            const Rule rule) {
+  __shared__ Weights tables[ROWS];
+  const index_t row = static_cast<index_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= g.rows()) return;  // only the lanes of a thread row ever wait for each other
+
+  const Bin bin = bin_of(g, row);
+  const Run& along_y = run_y(g, runs_y, row, bin);
+  const Run& along_x = run_x(g, runs_x, row, bin);
+  const double scale = mean_of(rule, along_y, along_x) * mask_of(g, mask, bin);
+  const bool lost = isnan(along_y.start + along_x.start + scale);
+  const bool one_tile = along_y.pixels <= TILE && along_x.pixels <= TILE;
+  const int image_index = images[bin.roi], plane = plane_of(g, bin), depth = g.depth();
+  Weights& weights = tables[threadIdx.y];
+  for (int first = 0; first < depth; first += blockDim.x * VEC) {
+    const int c = first + threadIdx.x * VEC;
+    Vector sum = zero();
+    for (int ty = 0; ty < along_y.pixels; ty += TILE) {
+      for (int tx = 0; tx < along_x.pixels; tx += TILE) {
+        if (first == 0 || !one_tile) weigh(g, along_y, along_x, ty, tx, scale, weights);
+        for (int i = 0; i < min(TILE, along_y.pixels - ty) && c < depth; ++i) {
+          if (weights.along[0][i] == 0) continue;
+          const T* pixel = image + c + pixel_offset(g, image_index, along_y.pixel + ty + i,
+                                                    along_x.pixel + tx, plane);
+          Vector line = zero();
+          for (int j = 0; j < min(TILE, along_x.pixels - tx); ++j) {
+            if (weights.along[1][j] == 0) continue;
+            add(line, weights.along[1][j], load(pixel + static_cast<int64>(j) * g.channels));
+          }
+          add(sum, weights.along[0][i], line);
+        }
+      }
+    }
+    if (c < depth) store(y + static_cast<int64>(row) * depth + c, lost ? filled(nan("")) : sum);
+  }
+}
+
+// A block gathers the gradient of a tile of pixels, a thread that of COLUMNS of them. The weights of
+// BATCH bins are computed together; per bin and row of pixels a channel is read once.
+extern "C" __global__ void __launch_bounds__(256, 2)
+    average_gradient(const T* __restrict__ grad_y, const Run* __restrict__ runs_y,
+                     const Run* __restrict__ runs_x, const int64* __restrict__ keys,
+                     const int64* __restrict__ starts, T* __restrict__ grad_image,
+                     const double* __restrict__ mask, const RoIGeometry g, const Rule rule) {
+  __shared__ List rois, rows;
+  __shared__ A weights[BATCH][ROWS + COLUMNS];  // of a column and of a row of pixels
+  const PixelTile tile = pixel_tile(g);
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  const int depth = g.depth();
+  Vector sums[COLUMNS];
+  for (int i = 0; i < COLUMNS; ++i) sums[i] = zero();
+  for_bins_that_see(tile, g, runs_y, runs_x, keys, starts, rois, rows, [&](int found) {
+    for (int first = 0; first < found; first += BATCH) {
+      const int size = min(BATCH, found - first);
+      for (int i = thread; i < size * (ROWS + COLUMNS); i += threads) {
+        const int b = i / (ROWS + COLUMNS), place = i % (ROWS + COLUMNS);
+        const index_t row = rows.item[first + b];
+        const Bin bin = bin_of(g, row);
+        const Run& y = run_y(g, runs_y, row, bin);
+        const Run& x = run_x(g, runs_x, row, bin);
+        const bool along_y = place < ROWS;
+        const Run& run = along_y ? y : x;
+        const int pixel = along_y ? tile.y + place : tile.x + place - ROWS;
+        double weight = 0;
+        if (pixel >= run.pixel && pixel < run.pixel + run.pixels) {
+          weight = tap_of(run, pixel, along_y ? g.height : g.width).weight;
+        }
+        if (along_y) weight *= mean_of(rule, y, x) * mask_of(g, mask, bin);
+        weights[b][place] = static_cast<A>(weight);
+      }
+      __syncthreads();
+      for (int b = 0; b < size && tile.channel < depth; ++b) {
+        const A along_y = weights[b][threadIdx.y];
+        if (along_y == 0) continue;
+        const int64 row = rows.item[first + b];
+        const Vector grad = load(grad_y + row * depth + tile.channel);
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i) {
+          const A along_x = weights[b][ROWS + i];
+          if (along_x != 0) add(sums[i], along_y * along_x, grad);
+        }
+      }
+      __syncthreads();
+    }
+  });
+  store_pixels(g, tile, sums, grad_image);
+}
+
+// ---- maxima
+
+// Where a sample lies along an axis: between `pixel` and the next one.
+struct Place {
+  int pixel;
+  A fraction;
+};
+
+// The i-th of the samples that count, in the order of the definition.
+__device__ __forceinline__ Place place_of(const Run& run, int64 i, int size) {
+  const double at = run.position(run.backwards ? run.end - 1 - i : run.first + i);
+  const double inside = fmin(fmax(at, 0.), size - 1.);
+  return {static_cast<int>(floor(inside)), static_cast<A>(inside - floor(inside))};
+}
+
+// Whether the first sample, by the definition, is outside.
+__device__ __forceinline__ bool skips(const Run& run) {
+  return run.backwards ? run.end < run.total : run.first > 0;
+}
+
+// A thread row finds the largest sample of one bin, for each channel: its value, or where it lies,
+// from the first pixel on that the bin sees (roi_winner.cuh).
+extern "C" __global__ void __launch_bounds__(256, 2)
+    maximum(const T* __restrict__ image, const Run* __restrict__ runs_y,
+            const Run* __restrict__ runs_x, const int* __restrict__ images, T* __restrict__ y,
+            A* __restrict__ winner_y, A* __restrict__ winner_x, const RoIGeometry g) {
+  __shared__ Place tables[ROWS][TILE];
+  const index_t row = static_cast<index_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= g.rows()) return;  // only the lanes of a thread row ever wait for each other
+
+  const Bin bin = bin_of(g, row);
+  const Run& along_y = run_y(g, runs_y, row, bin);
+  const Run& along_x = run_x(g, runs_x, row, bin);
+  const int64 kept_y = static_cast<int64>(along_y.end - along_y.first);
+  const int64 kept_x = static_cast<int64>(along_x.end - along_x.first);
+  // Samples outside are all 0: the first of them, before sample number `stand_in`, stands for all
+  int64 stand_in = -1;
+  if (static_cast<double>(kept_y) * kept_x < along_y.total * along_x.total) {
+    stand_in = kept_y * kept_x == 0 || skips(along_y) || skips(along_x) ? 0
+               : kept_x < along_x.total                                 ? kept_x
+                                                                        : kept_y * kept_x;
+  }
+  const bool lost = isnan(along_y.start + along_x.start);
+  const int image_index = images[bin.roi], depth = g.depth();
+  for (int first = 0; first < depth; first += blockDim.x * VEC) {
+    const int c = first + threadIdx.x * VEC;
+    Winner winner;
+    int64 number = 0;
+    for (int64 i = 0; i < kept_y; ++i) {
+      const Place at_y = place_of(along_y, i, g.height);
+      for (int64 tx = 0; tx < kept_x; tx += TILE) {
+        const int size = static_cast<int>(min(static_cast<int64>(TILE), kept_x - tx));
+        if (kept_x > TILE || (first == 0 && i == 0)) {
+          __syncwarp(row_lanes());
+          for (int j = threadIdx.x; j < size; j += blockDim.x) {
+            tables[threadIdx.y][j] = place_of(along_x, tx + j, g.width);
+          }
+          __syncwarp(row_lanes());
+        }
+        for (int j = 0; j < size && c < depth; ++j, ++number) {
+          if (number == stand_in) winner.offer(zero(), NOWHERE, NOWHERE);
+          const Place at_x = tables[threadIdx.y][j];
+          Vector value = zero();
+          for (int corner = 0; corner < 4; ++corner) {
+            const A weight = (corner & 2 ? at_y.fraction : 1 - at_y.fraction) *
+                             (corner & 1 ? at_x.fraction : 1 - at_x.fraction);
+            if (weight == 0) continue;
+            add(value, weight, load(image + c + pixel_offset(g, image_index,
+                                                             at_y.pixel + (corner >> 1),
+                                                             at_x.pixel + (corner & 1), 0)));
+          }
+          winner.offer(value, at_y.pixel - along_y.pixel + at_y.fraction,
+                       at_x.pixel - along_x.pixel + at_x.fraction);
+        }
+      }
+    }
+    if (number == stand_in) winner.offer(zero(), NOWHERE, NOWHERE);
+    if (c < depth) winner.store_to(static_cast<int64>(row) * depth + c, lost, y, winner_y, winner_x);
+  }
+}

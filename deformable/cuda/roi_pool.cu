@@ -1,0 +1,70 @@
+// roi_pool.py: the largest pixels of cells, and the gradient of all that lets one value win.
+//
+// Rows are the bins of all RoIs. Layouts, all contiguous:
+//   image (N, H, W, C)   y, grad_y, winner_y, winner_x (rows, C)   runs: roi.cuh
+#include "roi_gather.cuh"
+#include "roi_winner.cuh"
+
+// A thread row goes through one cell, its lanes through the channels: a read and a comparison for
+// every pixel. Answers the largest value, or where it lies (roi_winner.cuh).
+extern "C" __global__ void __launch_bounds__(256, 2)
+    maximum(const T* __restrict__ image, const Run* __restrict__ runs_y,
+            const Run* __restrict__ runs_x, const int* __restrict__ images, T* __restrict__ y,
+            A* __restrict__ winner_y, A* __restrict__ winner_x, const RoIGeometry g) {
+  const index_t row = static_cast<index_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= g.rows()) return;
+
+  const Bin bin = bin_of(g, row);
+  const Run& along_y = run_y(g, runs_y, row, bin);
+  const Run& along_x = run_x(g, runs_x, row, bin);
+  const bool lost = isnan(along_y.start + along_x.start);
+  const int height = static_cast<int>(along_y.total), width = static_cast<int>(along_x.total);
+  for (int c = threadIdx.x * VEC; c < g.channels; c += blockDim.x * VEC) {
+    Winner winner;
+    for (int i = 0; i < height && width > 0; ++i) {
+      const T* pixel = image + c + pixel_offset(g, images[bin.roi], along_y.pixel + i,
+                                                along_x.pixel, 0);
+      for (int j = 0; j < width; ++j) {
+        winner.offer(load(pixel + static_cast<int64>(j) * g.channels), i, j);
+      }
+    }
+    winner.store_to(static_cast<int64>(row) * g.channels + c, lost, y, winner_y, winner_x);
+  }
+}
+
+__device__ __forceinline__ A hat(A distance) { return max(static_cast<A>(0), 1 - abs(distance)); }
+
+// A block gathers the gradient of a tile of pixels, a thread that of COLUMNS of them, from the bins
+// whose winner lies within a pixel of them.
+extern "C" __global__ void __launch_bounds__(256, 2)
+    winner_gradient(const T* __restrict__ grad_y, const A* __restrict__ winner_y,
+                    const A* __restrict__ winner_x, const Run* __restrict__ runs_y,
+                    const Run* __restrict__ runs_x, const int64* __restrict__ keys,
+                    const int64* __restrict__ starts, T* __restrict__ grad_image,
+                    const RoIGeometry g) {
+  __shared__ List rois, rows;
+  const PixelTile tile = pixel_tile(g);
+  Vector sums[COLUMNS];
+  for (int i = 0; i < COLUMNS; ++i) sums[i] = zero();
+  for_bins_that_see(tile, g, runs_y, runs_x, keys, starts, rois, rows, [&](int found) {
+    for (int b = 0; b < found && tile.channel < g.channels; ++b) {
+      const index_t row = rows.item[b];
+      const Bin bin = bin_of(g, row);
+      const int y = tile.y + threadIdx.y - run_y(g, runs_y, row, bin).pixel;
+      const int x = tile.x - run_x(g, runs_x, row, bin).pixel;
+      const int64 at = static_cast<int64>(row) * g.channels + tile.channel;
+      const Vector grad = load(grad_y + at), at_y = load(winner_y + at), at_x = load(winner_x + at);
+#pragma unroll
+      for (int k = 0; k < VEC; ++k) {
+        const A along_y = hat(y - at_y.value[k]);
+        if (along_y == 0) continue;
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i) {
+          const A weight = along_y * hat(x + i - at_x.value[k]);
+          if (weight != 0) sums[i].value[k] += weight * grad.value[k];
+        }
+      }
+    }
+  });
+  store_pixels(g, tile, sums, grad_image);
+}
