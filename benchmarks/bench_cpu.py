@@ -32,6 +32,7 @@ from benchmarks.harness import (
     BOTH,
     FORWARD,
     LIMITS,
+    OURS,
     RESULTS,
     ROOT,
     Contender,
@@ -40,14 +41,13 @@ from benchmarks.harness import (
     environment,
     library_call,
     seconds_per_call,
-    table,
     take_turns,
     verify,
 )
-from benchmarks.workloads import Convolution, Pooling, Products, Workload
+from benchmarks.table import cpu_tables
+from benchmarks.workloads import Convolution, Pooling, Products, Workload, draw
 
 SEED = 1703
-OURS = "deformable"
 PACKAGES = ("numpy", "scipy", "torch", "torchvision", "onnxruntime", "openvino")
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -101,18 +101,9 @@ def main() -> None:
         for workload in _workloads(options, EVERY):
             for mode in (FORWARD, BOTH):
                 _measure_memory(workload, mode, options, log)
-    print(summary(log.records))
+    print(cpu_tables(log.records))
     if log.path is not None:
         print(f"\nwritten to {log.path}")
-
-
-def summary(records: list[dict[str, Any]]) -> str:
-    """The two tables, of times and of memory, that a list of records amounts to."""
-    timed = [record for record in records if "times" in record]
-    weighed = [record for record in records if "memory" in record]
-    return "\n\n".join(
-        make(some) for make, some in ((_time_table, timed), (_memory_table, weighed)) if some
-    )
 
 
 def _options() -> argparse.Namespace:
@@ -164,17 +155,8 @@ def _blas() -> str:
 
 def _arguments(workload: Workload, dtype: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Fresh arguments and a gradient of the result, in this dtype and C-contiguous."""
-    rng = np.random.default_rng(SEED)
-    arrays = {k: a.astype(dtype, order="C") for k, a in workload.arrays(rng).items()}
-    grad_y = rng.standard_normal(_result_shape(workload)).astype(dtype)
-    return arrays, grad_y
-
-
-def _result_shape(workload: Workload) -> tuple[int, int, int, int]:
-    if isinstance(workload, Convolution):
-        return workload.batch, workload.out_channels, workload.height, workload.width
-    cells = workload.size**2 if "ps" in workload.operator.split("_") else 1
-    return workload.rois, workload.channels // cells, workload.size, workload.size
+    arrays, grad_y = draw(workload, np.random.default_rng(SEED))
+    return {name: a.astype(dtype, order="C") for name, a in arrays.items()}, grad_y.astype(dtype)
 
 
 def _contenders(
@@ -261,11 +243,8 @@ def _measure(
 
     before = time.process_time(), time.perf_counter()
     clock = time.process_time if options.threads == 1 else time.perf_counter
-    times = take_turns(
-        calls,
-        partial(seconds_per_call, clock=clock),
-        seconds=0.0 if options.tiny else options.seconds,
-    )
+    samplers = {name: partial(seconds_per_call, call, clock) for name, call in calls.items()}
+    times = take_turns(samplers, seconds=0.0 if options.tiny else options.seconds)
     busy = (time.process_time() - before[0]) / (time.perf_counter() - before[1])
     log.add(
         operator=workload.operator, label=workload.label, dtype=dtype, mode=mode,
@@ -313,42 +292,6 @@ def _peak_growth(number: int, name: str, mode: str, options: argparse.Namespace)
 def _status(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-# ---- tables
-
-
-def _time_table(records: list[dict[str, Any]]) -> str:
-    names = dict.fromkeys(name for record in records for name in record["times"])
-    others = [name for name in names if name not in (OURS, "products")]
-    title = ["operator", "workload", "dtype", "mode", "ms (p10-p90)", "products"]
-    rows = [[*title, *(f"{name} ms, ×" for name in others), "busy", "errors"]]
-    for record in records:
-        times, errors = record["times"], record["errors"]
-        ours = times[OURS]["median"]
-        spread = f"{ours * 1e3:.2f} ({times[OURS]['p10'] * 1e3:.2f}-{times[OURS]['p90'] * 1e3:.2f})"
-        products = f"{times['products']['median'] / ours:.0%}" if "products" in times else "-"
-        against = [
-            f"{times[name]['median'] * 1e3:.1f}, {times[name]['median'] / ours:.2f}"
-            if name in times
-            else "-"
-            for name in others
-        ]
-        worst = ", ".join(f"{max(error.values()):.0e}" for error in errors.values())
-        rows.append(
-            [record["operator"], record["label"], record["dtype"], record["mode"], spread, products,
-             *against, f"{record['busy']:.2f}", worst]
-        )  # fmt: skip
-    return table(rows)
-
-
-def _memory_table(records: list[dict[str, Any]]) -> str:
-    rows = [["operator", "workload", "mode", "MiB", "torchvision MiB"]]
-    for record in records:
-        grown = record["memory"]
-        cells = (f"{grown[n] / 2**20:.1f}" if n in grown else "-" for n in (OURS, "torchvision"))
-        rows.append([record["operator"], record["label"], record["mode"], *cells])
-    return table(rows)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import deformable
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FORWARD, BOTH = "forward", "forward + backward"
+OURS = "deformable"
 # ‖result − reference‖ / ‖reference‖ against float64: what rounding alone can explain
 LIMITS = {"float16": 5e-3, "bfloat16": 4e-2, "float32": 2e-5, "tf32": 5e-3, "float64": 1e-12}
 
@@ -122,29 +123,26 @@ def seconds_per_call(
 
 
 def take_turns(
-    calls: Mapping[str, Callable[[], Any]],
-    sample: Callable[[Callable[[], Any]], float] = seconds_per_call,
-    seconds: float = 4.0,
-    least: int = 7,
+    samplers: Mapping[str, Callable[[], float]], seconds: float = 0.0, rounds: int = 7
 ) -> dict[str, Times]:
-    """Times of several calls sampled in turns, so that a slow moment of the machine hits them all.
+    """Times of several contenders sampled in turns, so that a slow moment hits them all.
 
-    Every round has a sample of each call and begins with another one. Rounds go on for ``seconds``,
-    and there are ``least`` of them at least.
+    A sampler answers seconds per call. Every round has a sample of each and begins with another
+    one. Rounds go on for ``seconds``, and there are ``rounds`` of them at least.
     """
-    names = list(calls)
+    names = list(samplers)
     for name in names:
-        sample(calls[name])  # memory, caches, compiled kernels
+        samplers[name]()  # memory, caches, compiled kernels
     samples: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     gc.disable()
     try:
-        start, rounds = time.perf_counter(), 0
-        while rounds < least or time.perf_counter() - start < seconds:
-            first = rounds % len(names)
+        start, done = time.perf_counter(), 0
+        while names and (done < rounds or time.perf_counter() - start < seconds):
+            first = done % len(names)
             for name in names[first:] + names[:first]:
-                samples[name].append(sample(calls[name]))
-            rounds += 1
+                samples[name].append(samplers[name]())
+            done += 1
     finally:
         gc.enable()
     return {name: Times.of(values) for name, values in samples.items()}
@@ -227,8 +225,8 @@ def read_log(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return first["environment"], rest
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the first of them the titles, as a Markdown table in aligned columns."""
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first of them the titles, as a table in aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(cells: Iterable[str]) -> str:

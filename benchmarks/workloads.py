@@ -63,6 +63,10 @@ class Convolution:
         return around if self.operator == "deform_conv2d" else {**around, "groups": self.groups}
 
     @property
+    def result_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.out_channels, self.height, self.width
+
+    @property
     def products(self) -> Products:
         return Products(
             groups=self.groups,
@@ -73,10 +77,13 @@ class Convolution:
 
     def tiny(self) -> "Convolution":
         """The same case in a size that any machine runs at once."""
-        channels = 4 * math.lcm(self.groups, self.offset_groups)
+        offset_groups = min(self.offset_groups, 2)
+        depthwise = self.groups == self.channels
+        channels = 4 * offset_groups
         return replace(
             self, batch=min(self.batch, 2), channels=channels, out_channels=channels,
-            height=min(self.height, 5), width=min(self.width, 6),
+            height=min(self.height, 5), width=min(self.width, 6), offset_groups=offset_groups,
+            groups=channels if depthwise else min(self.groups, 2),
         )  # fmt: skip
 
     def arrays(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -127,13 +134,22 @@ class Pooling:
     def keywords(self) -> dict[str, Any]:
         return {"output_size": self.size, "spatial_scale": self.scale, **self.options}
 
+    @property
+    def result_shape(self) -> tuple[int, int, int, int]:
+        cells = self.size**2 if self.position_sensitive else 1
+        return self.rois, self.channels // cells, self.size, self.size
+
+    @property
+    def position_sensitive(self) -> bool:
+        return "ps" in self.operator.split("_")
+
     def tiny(self) -> "Pooling":
         """The same case in a size that any machine runs at once."""
-        sensitive = "ps" in self.operator.split("_")
         size = min(self.size, 3)
+        channels = 2 * size * size if self.position_sensitive else 4
         return replace(
-            self, batch=min(self.batch, 2), channels=2 * size * size if sensitive else 4,
-            height=9, width=10, rois=5, size=size, sides=(1 / self.scale, 6 / self.scale),
+            self, batch=min(self.batch, 2), channels=channels, height=9, width=10,
+            rois=5, size=size, sides=(1 / self.scale, 6 / self.scale),
         )  # fmt: skip
 
     def arrays(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -152,6 +168,11 @@ class Pooling:
 
 
 Workload = Convolution | Pooling
+
+
+def draw(workload: Workload, rng: np.random.Generator) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Arguments by their names, and a gradient of the result, in float64."""
+    return workload.arrays(rng), _normal(rng, *workload.result_shape)
 
 
 def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
