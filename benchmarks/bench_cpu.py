@@ -227,8 +227,7 @@ def _measure(
     for contender in _contenders(workload, arrays, grad_y, options.threads):
         if mode not in contender.calls:
             continue
-        same_operator = contender.name == OURS or workload.operator not in rivals.STAND_INS
-        if same_operator:
+        if contender.name == OURS or rivals.comparable(workload.operator):
             errors[contender.name] = verify(contender, mode, reference)
             worst = max(errors[contender.name].values())
             limit = LIMITS[dtype] if contender.name == OURS else RIVAL_LIMIT

@@ -11,7 +11,14 @@ import numpy as np
 from benchmarks.harness import BOTH, FORWARD, Contender
 
 # what an operator is compared with, where the rival has none of the same name
-STAND_INS = {"deform_ps_roi_pool": "ps_roi_align"}
+STAND_INS = {"deform_ps_roi_pool": "ps_roi_align", "deform_roi_pool": "roi_align"}
+# operators of the same name that mean something else: torchvision's never reads the last row
+DIFFERENT = {"ps_roi_pool"}
+
+
+def comparable(operator: str) -> bool:
+    """Whether the rival's results are to be those of this library."""
+    return operator not in DIFFERENT and operator not in STAND_INS
 
 
 def find(name: str) -> ModuleType | None:

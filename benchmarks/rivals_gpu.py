@@ -68,9 +68,10 @@ def torchvision(
         shared = tensors({**arrays, "grad_y": grad_y})
         gradient = shared.pop("grad_y")
         made.append(rivals.torchvision(operator, shared, keywords, gradient, to_numpy))
-    same = operator not in rivals.STAND_INS
-    found = [Runner(made, TorchGraph, torch_peak_bytes, same)] if None not in made else []
-    if operator == "deform_conv2d" and found:
+    if None in made:
+        return []
+    found = [Runner(made, TorchGraph, torch_peak_bytes, rivals.comparable(operator))]
+    if operator == "deform_conv2d":
         direct = [_direct(arrays, keywords, grad_y) for arrays, grad_y in sets]
         found.append(Runner(direct, TorchGraph, torch_peak_bytes))
     return found

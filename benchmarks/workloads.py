@@ -136,17 +136,18 @@ class Pooling:
 
     @property
     def result_shape(self) -> tuple[int, int, int, int]:
-        cells = self.size**2 if self.position_sensitive else 1
-        return self.rois, self.channels // cells, self.size, self.size
+        return self.rois, self.channels // self.group_size**2, self.size, self.size
 
     @property
-    def position_sensitive(self) -> bool:
-        return "ps" in self.operator.split("_")
+    def group_size(self) -> int:
+        """Cells along each side that have channels of their own; 1 is plain pooling."""
+        position_sensitive = "ps" in self.operator.split("_")
+        return self.options.get("group_size", self.size) if position_sensitive else 1
 
     def tiny(self) -> "Pooling":
         """The same case in a size that any machine runs at once."""
         size = min(self.size, 3)
-        channels = 2 * size * size if self.position_sensitive else 4
+        channels = 2 * size * size if self.group_size > 1 else 4
         return replace(
             self, batch=min(self.batch, 2), channels=channels, height=9, width=10,
             rois=5, size=size, sides=(1 / self.scale, 6 / self.scale),
