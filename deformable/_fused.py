@@ -30,10 +30,13 @@ class Layout(NamedTuple):
     depth: int
     outs: int
     run: int
+    run_bytes: int
     runs: int
     rows: int
     rows_shared: int
-    lanes: int
+    samples: int
+    lane_bits: int
+    step_bytes: int
     chunks: int
     slots: int
     planned: int
@@ -103,7 +106,7 @@ def variant(
     warps = 4 if blocks_of(4) >= 2 * processors else 2
 
     stage = tile_n * STEP_BYTES * (2 if terms == 3 else 1)
-    per_slot = 4 // lanes * 32 * warps * (32 if corners == 4 else 8)
+    per_slot = 4 // lanes * 32 * warps * (32 if corners == 4 else 4)
     resident = 8 // warps
     room = shared // resident - (1 << 10) - STAGES * stage - 12 * 32 * warps
     planned = max(1, min(32, slots, room // per_slot))
@@ -115,8 +118,8 @@ def variant(
         terms=terms, tile_n=tile_n, warps=warps, blocks=resident,
         parts=-(-steps // split), shared=STAGES * stage + planned * per_slot,
         layout=Layout(
-            depth=depth, outs=outs, run=run, runs=depth // run, rows=g.channels // run,
-            rows_shared=g.channels // g.offset_groups // run, lanes=lanes, chunks=chunks,
+            depth=depth, outs=outs, run=run, run_bytes=run * itemsize, runs=depth // run, rows=g.channels // run,
+            rows_shared=g.channels // g.offset_groups // run, samples=4 // lanes, lane_bits=lanes.bit_length() - 1, step_bytes=16 * lanes, chunks=chunks,
             slots=slots, planned=planned, steps=steps, split=split, tiles=tiles,
         ),
     )  # fmt: skip
@@ -152,22 +155,25 @@ def convolve(
     sums = xp.empty((v.parts, *y.shape), np.float32) if split else y
     tiles = g.groups * v.layout.tiles
     units = tiles * v.layout.steps * v.tile_n * (STEP_BYTES // 16) * (2 if terms == 3 else 1)
-    packed = xp.empty(units * 4, np.uint32)
+    # kernels read on while they multiply the last steps: into what follows, of no use to them
+    ahead = (STAGES - 1) * units // (tiles * v.layout.steps)
+    packed = xp.empty((units + ahead) * 4, np.uint32)
+    samples = xp.empty(g.groups * v.layout.slots * v.layout.samples * 4, np.int32)
     macros = {
         "DTYPE": dtype, "INDEX": "int", "TERMS": terms, "TILE_N": v.tile_n, "WARPS": v.warps,
-        "BLOCKS": v.blocks, "CORNERS": corners, "VEC": _cuda.vector_width(v.layout.run, image),
+        "CORNERS": corners, "VEC": _cuda.vector_width(v.layout.run, image),
         "OFFSET": dtype if offset is None else offset.dtype,
         "MASK": dtype if mask is None else mask.dtype,
         "OUT": sums.dtype,
     }  # fmt: skip
     _cuda.launch(
         "fused_conv.cu", "pack_weights", (-(-units // 256),), (256,),
-        weight, _strides(weight), packed, g, v.layout, units, **macros,
+        weight, _strides(weight), packed, samples, g, v.layout, units, **macros,
     )  # fmt: skip
     _cuda.launch(
         "fused_conv.cu", "fused_conv",
-        (-(-positions // (32 * v.warps)) * tiles * v.parts,), (32 * v.warps,),
-        image, offset, mask, packed, None if split else bias, sums,
+        (-(-positions // (32 * v.warps)), tiles, v.parts), (32 * v.warps,),
+        image, offset, mask, packed, samples, None if split else bias, sums,
         g, v.layout, _strides(offset), _strides(mask), shared=v.shared, **macros,
     )  # fmt: skip
     if split:

@@ -28,7 +28,7 @@
 // Samples are counted (run, tap): a run is the channels that share a sample and lie in one group of
 // weights. Where a run has fewer than 64 bytes the lanes of a quad share a step among 2 or 4 samples.
 //
-// Macros: DTYPE, TERMS (3: float32 by three TF32 products), TILE_N, WARPS, BLOCKS (per SM), CORNERS,
+// Macros: DTYPE, TERMS (3: float32 by three TF32 products), TILE_N, WARPS, CORNERS,
 // VEC (channels per load), OFFSET, MASK, OUT (float: partial sums of a split product).
 #include "fused_plan.cuh"
 #include "ptx.cuh"
@@ -37,6 +37,7 @@ constexpr int STAGES = 3;
 constexpr int UNIT = 16 / sizeof(T);  // channels that a lane holds of a row
 constexpr int ROWS = 4;               // of a lane: q, q + 8, q + 16, q + 24
 constexpr int TILE_M = 32 * WARPS, THREADS = 32 * WARPS;
+constexpr int BLOCKS = (TILE_N * TERMS < 64 ? 12 : 8) / WARPS;  // of a multiprocessor: registers
 constexpr int N8 = TILE_N / 8;
 constexpr int STAGE = N8 * 32 * (TERMS == 3 ? 2 : 1);  // 16-byte units of weights in a step
 constexpr int SPAN = UNIT / 2;  // n8 tiles of which a lane's sums are consecutive output channels
@@ -44,12 +45,15 @@ constexpr int SPAN = UNIT / 2;  // n8 tiles of which a lane's sums are consecuti
 struct Layout {
   int depth, outs;  // channels and output channels of a group of weights
   int run;          // channels
+  int run_bytes;
   int runs;         // of a group of weights
   int rows;         // runs of a pixel: the image is read as rows of a run
   int rows_shared;  // consecutive rows with the same samples, those of an offset group
-  int lanes;        // of a quad that share a sample: 1, 2 or 4
+  int samples;      // of a step: 1, 2 or 4, so many lanes of a quad share none
+  int lane_bits;    // 1 << lane_bits lanes share one
+  int step_bytes;   // channels of a step
   int chunks;       // steps to get through a run
-  int slots;        // steps with samples of their own: 4 / lanes samples each
+  int slots;        // steps with samples of their own: 4 >> lane_bits samples each
   int planned;      // slots that are planned together
   int steps;        // of the whole product
   int split;        // steps of a block
@@ -69,23 +73,12 @@ __device__ __forceinline__ Step step_at(const Layout& l, int step) {
   return {plan * l.planned, slots, rest % slots, rest / slots};
 }
 
-// A sample: a tap of a run.
-struct SampleId {
-  int run, i, j;
+// A sample of a group of weights: a tap of a run.
+struct alignas(16) SampleId {
+  int row;          // of the pixel's runs; -1: none, a slot has room left
+  int dy, dx;       // of the tap, in pixels
+  int offset_group_and_tap;
 };
-
-__device__ __forceinline__ SampleId sample_at(const ConvGeometry& g, int sample) {
-  const int run = sample / g.taps(), tap = sample - run * g.taps(), i = tap / g.kernel_w;
-  return {run, i, tap - i * g.kernel_w};
-}
-
-__device__ __forceinline__ void advance(const ConvGeometry& g, SampleId& sample) {
-  if (++sample.j < g.kernel_w) return;
-  sample.j = 0;
-  if (++sample.i < g.kernel_h) return;
-  sample.i = 0;
-  ++sample.run;
-}
 
 // Column c of n8 tile j is this output channel of the tile.
 __device__ __forceinline__ int out_channel(int j, int c) {
@@ -155,11 +148,20 @@ template <> struct Math<float> {
   }
 };
 
-// ---- weights (O, C / groups, kh, kw) -> (groups, tiles, steps, [high, low], TILE_N, 64 bytes)
+// ---- weights (O, C / groups, kh, kw) -> packed (groups, tiles, steps, [high, low], TILE_N, 64 bytes)
+// and a list of the samples (groups, slots, 4 >> lane_bits)
 extern "C" __global__ void __launch_bounds__(256)
     pack_weights(const T* __restrict__ weight, const Strides strides, Unit* __restrict__ packed,
-                 const ConvGeometry g, const Layout l, const int64 units) {
+                 SampleId* __restrict__ samples, const ConvGeometry g, const Layout l,
+                 const int64 units) {
   const int64 i = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int samples_of_group = l.slots * l.samples;
+  if (i < g.groups * samples_of_group) {
+    const int group = i / samples_of_group, sample = i - group * samples_of_group;
+    const int run = sample / g.taps(), tap = sample - run * g.taps(), row = group * l.runs + run;
+    samples[i] = {run < l.runs ? row : -1, tap / g.kernel_w * g.dilation_h,
+                  tap % g.kernel_w * g.dilation_w, row / l.rows_shared * g.taps() + tap};
+  }
   if (i >= units) return;
 
   const int in_stage = i % STAGE, lane = in_stage % 32, j = in_stage / 32 % N8, t = lane % 4;
@@ -168,18 +170,18 @@ extern "C" __global__ void __launch_bounds__(256)
   const int tile = stage / l.steps, group = tile / l.tiles;
   const int out = (tile - group * l.tiles) * TILE_N + out_channel(j, lane / 4);
   const Step at = step_at(l, stage - static_cast<int64>(tile) * l.steps);
-  const SampleId sample =
-      sample_at(g, (at.first_slot + at.slot) * (4 / l.lanes) + t / l.lanes);
+  const int sample = (at.first_slot + at.slot) * l.samples + (t >> l.lane_bits);
+  const int run = sample / g.taps(), tap = sample - run * g.taps();
 
   float value[UNIT];
 #pragma unroll
   for (int e = 0; e < UNIT; ++e) {
-    const int channel = (at.chunk * l.lanes + t % l.lanes) * UNIT + e;
-    const bool exists = out < l.outs && sample.run < l.runs && channel < l.run;
-    const float w =
-        exists ? static_cast<float>(weight[strides(
-                     group * l.outs + out, sample.run * l.run + channel, sample.i, sample.j)])
-               : 0;
+    const int channel = ((at.chunk << l.lane_bits) + (t & ((1 << l.lane_bits) - 1))) * UNIT + e;
+    const bool exists = out < l.outs && run < l.runs && channel < l.run;
+    const float w = exists ? static_cast<float>(weight[strides(
+                                 group * l.outs + out, run * l.run + channel, tap / g.kernel_w,
+                                 tap % g.kernel_w)])
+                           : 0;
     const float low = isinf(w) ? 0 : w - high_part(w);
     value[e] = TERMS == 1 ? w : part == 0 ? high_part(w) : low;
   }
@@ -188,20 +190,22 @@ extern "C" __global__ void __launch_bounds__(256)
 
 // ---- the product
 
-struct SamplePlan {
-  Pixels rows[TILE_M];
-  Weights weights[TILE_M];
+// The plan in shared memory: (samples, rows or weights, positions).
+union Cell {
+  Pixels rows;  // of `run` channels, to be exact
+  Weights weights;
 };
+constexpr int SAMPLE = (CORNERS == 1 ? 1 : 2) * TILE_M;  // cells
 
-// Plans the next slots for the thread's own output position; only its warp reads that. Answers a bit for
-// each slot: all corners of all 32 positions of the warp lie inside.
+// Plans samples for the thread's own output position; only its warp reads that. Answers a bit for each
+// slot: all corners of all 32 positions of the warp lie inside.
 __device__ __forceinline__ u32 plan_slots(const ConvGeometry& g, const Layout& l,
-                                          const Places& places, const OutputPixel& out, int group,
-                                          int slots, SampleId& sample, SamplePlan* plan) {
+                                          const Places& places, const OutputPixel& out,
+                                          const SampleId* samples, int slots, Cell* own) {
   u32 inside = 0xffffffffu;
   __syncwarp();  // the last plan has been read
-  for (int n = 0; n < slots * (4 / l.lanes); ++n) {
-    const int row_of_pixel = group * l.runs + sample.run;
+  for (int n = 0; n < slots * l.samples; ++n) {
+    const SampleId sample = samples[n];
     Pixels rows;
     Weights weights;
 #pragma unroll
@@ -209,20 +213,19 @@ __device__ __forceinline__ u32 plan_slots(const ConvGeometry& g, const Layout& l
       rows.corner[corner] = -1;
       weights.corner[corner] = 0;
     }
-    if (out.image >= 0 && sample.run < l.runs) {
-      plan_sample(g, places, out, row_of_pixel / l.rows_shared, sample.i, sample.j, rows, weights);
+    if (out.image >= 0 && sample.row >= 0) {
+      plan_sample(g, places, out, sample.dy, sample.dx, sample.offset_group_and_tap, rows, weights);
     }
     bool all = true;
 #pragma unroll
     for (int corner = 0; corner < CORNERS; ++corner) {
       int& row = rows.corner[corner];
       all &= row >= 0;
-      row = row < 0 ? -1 : row * l.rows + row_of_pixel;
+      row = row < 0 ? -1 : row * l.rows + sample.row;
     }
-    plan[n].rows[threadIdx.x] = rows;
-    if (CORNERS > 1) plan[n].weights[threadIdx.x] = weights;
-    if (!__all_sync(0xffffffffu, all)) inside &= ~(1u << n * l.lanes / 4);
-    advance(g, sample);
+    own[n * SAMPLE].rows = rows;
+    if (CORNERS > 1) own[n * SAMPLE + TILE_M].weights = weights;
+    if (!__all_sync(0xffffffffu, all)) inside &= ~(1u << (n << l.lane_bits) / 4);
   }
   __syncwarp();
   return inside;
@@ -254,10 +257,10 @@ __device__ __forceinline__ Unit load_unit(const char* from, bool exists, int lef
 // The lane's units of the corners of its rows; a row of `image` is a run of channels.
 template <bool CHECKED>
 __device__ __forceinline__ void gather(Unit (&seen)[ROWS][CORNERS], const char* image,
-                                       int run_bytes, const Pixels* rows, int left) {
+                                       int run_bytes, const Cell* plan, int left) {
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    const Pixels at = rows[8 * r];
+    const Pixels at = plan[8 * r].rows;
 #pragma unroll
     for (int corner = 0; corner < CORNERS; ++corner) {
       const int row = at.corner[corner];
@@ -288,55 +291,62 @@ __device__ __forceinline__ void blend(Unit& a, const Unit (&seen)[CORNERS], cons
   }
 }
 
-// sum += two mma's: the products of 16 rows, from row 16·m of the warp on, with an n8 tile.
-__device__ __forceinline__ void multiply(float (&sum)[4], const Unit (&a)[ROWS], int m, const Unit& b) {
+typedef float Sums[N8][2][4];  // of an n8 tile with 16 rows, twice
+
+// Adds the products of two mma's for each of these n8 tiles and either half of the rows. Neighbours in
+// the order of the instructions do not wait for each other.
+template <int TILES>
+__device__ __forceinline__ void multiply(float (*sums)[2][4], const Unit (&a)[ROWS],
+                                         const Unit (&b)[TILES]) {
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
-    const Unit &upper = a[2 * m], &lower = a[2 * m + 1];
-    const u32 fragment[4] = {upper.reg[i], lower.reg[i], upper.reg[i + 1], lower.reg[i + 1]};
-    const u32 weights[2] = {b.reg[i], b.reg[i + 1]};
-    Math<T>::mma(sum, fragment, weights);
+#pragma unroll
+    for (int j = 0; j < TILES; ++j) {
+      const u32 weights[2] = {b[j].reg[i], b[j].reg[i + 1]};
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        const Unit &upper = a[2 * m], &lower = a[2 * m + 1];
+        const u32 rows[4] = {upper.reg[i], lower.reg[i], upper.reg[i + 1], lower.reg[i + 1]};
+        Math<T>::mma(sums[j][m], rows, weights);
+      }
+    }
   }
 }
 
-typedef float Sums[2][N8][4];
-
-// The products of a step. Three TF32 products stand for one of float32: with x = high + low,
-// a b = low high' + high low' + high high' but for 2^-22 of it. Tensor cores add with truncation, so
-// that a step's sum, of 16 channels, is added to the others outside of them.
+// The products of a step, with the first `outs` output channels of the tile. Three TF32 products stand
+// for one of float32: with x = high + low, a b = low high' + high low' + high high' but for 2^-21 of
+// it. Tensor cores add with truncation, so that a step's sum, of 16 channels, is added to the others
+// outside of them. Not `corrected`: high high' alone.
+template <bool CORRECTED>
 __device__ __forceinline__ void multiply_step(Sums& sums, const Unit (&a)[ROWS], const Unit* stage,
-                                              bool corrected) {
-  if constexpr (TERMS == 1) {
+                                              int outs) {
+  constexpr int TILES = TERMS == 1 ? 4 : 2;
+  Unit high[ROWS], low[ROWS];
 #pragma unroll
-    for (int j = 0; j < N8; ++j) {
-      const Unit b = stage[32 * j];
+  for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
-      for (int m = 0; m < 2; ++m) multiply(sums[m][j], a, m, b);
-    }
-  } else {
-    Unit high[ROWS], low[ROWS];
+    for (int i = 0; i < 4 && TERMS == 3; ++i) split_tf32(a[r].reg[i], high[r].reg[i], low[r].reg[i]);
+  }
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
+  for (int first = 0; first < N8; first += TILES) {
+    if (8 * first >= outs) continue;  // as a branch, it also keeps the loads of too many weights apart
+    Unit b[TILES], b_low[TILES];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float x = __uint_as_float(a[r].reg[i]), upper = high_part(x);
-        high[r].reg[i] = __float_as_uint(upper);
-        low[r].reg[i] = __float_as_uint(x - upper);
+    for (int j = 0; j < TILES; ++j) b[j] = stage[32 * (first + j)];
+    if constexpr (TERMS == 1) {
+      multiply(sums + first, a, b);
+    } else {
+      float step_sums[TILES][2][4] = {};
+      if constexpr (CORRECTED) {
+#pragma unroll
+        for (int j = 0; j < TILES; ++j) b_low[j] = stage[32 * (N8 + first + j)];
+        multiply(step_sums, low, b);
+        multiply(step_sums, high, b_low);
       }
-    }
+      multiply(step_sums, high, b);
 #pragma unroll
-    for (int j = 0; j < N8; ++j) {
-      const Unit b_high = stage[32 * j], b_low = stage[32 * (N8 + j)];
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        float sum[4] = {0, 0, 0, 0};
-        if (corrected) {
-          multiply(sum, low, m, b_high);
-          multiply(sum, high, m, b_low);
-        }
-        multiply(sum, high, m, b_high);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[m][j][i] += sum[i];
+      for (int i = 0; i < 8 * TILES; ++i) {
+        sums[first + i / 8][i / 4 % 2][i % 4] += step_sums[i / 8][i / 4 % 2][i % 4];
       }
     }
   }
@@ -365,7 +375,7 @@ __device__ __forceinline__ bool store(OUT* __restrict__ y, const T* __restrict__
         bool store[PART];
 #pragma unroll
         for (int k = 0; k < PART; ++k) {
-          const float sum = sums[r / 2][j + (i + k) / 2][r % 2 * 2 + (i + k) % 2];
+          const float sum = sums[j + (i + k) / 2][r / 2][r % 2 * 2 + (i + k) % 2];
           store[k] = channel + k < last && (all || isinf(sum));
           nan |= isnan(sum);
           part.value[k] = sum + (bias && channel + k < last ? static_cast<float>(bias[channel + k]) : 0);
@@ -399,98 +409,102 @@ __device__ __forceinline__ bool any_of_block(bool mine) {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     fused_conv(const T* __restrict__ image, const OFFSET* __restrict__ offset,
                const MASK* __restrict__ mask, const Unit* __restrict__ packed,
-               const T* __restrict__ bias, OUT* __restrict__ y, const ConvGeometry g,
-               const Layout l, const Strides offset_strides, const Strides mask_strides) {
+               const SampleId* __restrict__ samples, const T* __restrict__ bias,
+               OUT* __restrict__ y, const ConvGeometry g, const Layout l,
+               const Strides offset_strides, const Strides mask_strides) {
   __shared__ OutputPixel outputs[TILE_M];
   DYN_SHARED(Unit, ring);
-  SamplePlan* const plan = reinterpret_cast<SamplePlan*>(ring + STAGES * STAGE);
+  Cell* const plan = reinterpret_cast<Cell*>(ring + STAGES * STAGE);
   const Places places = {offset, mask, offset_strides, mask_strides};
 
-  // consecutive blocks compute the same positions: what one has gathered the others find in L2
-  const int tiles = g.groups * l.tiles, positions = g.batch * g.positions();
-  const int tiles_m = (positions + TILE_M - 1) / TILE_M;
-  const int tile = blockIdx.x % tiles, rest = blockIdx.x / tiles;
-  const int tile_m = rest % tiles_m, part = rest / tiles_m, group = tile / l.tiles;
-  const int begin = part * l.split, steps = min(l.split, l.steps - begin);
+  // a grid of tiles of positions, tiles of the output channels of every group, parts of the product
+  const int positions = g.batch * g.positions(), first_position = blockIdx.x * TILE_M;
+  const int group = blockIdx.y / l.tiles, tile = blockIdx.y - group * l.tiles;
+  const int begin = blockIdx.z * l.split, first_step = blockIdx.y * l.steps + begin;
+  const int steps = min(l.split, l.steps - begin);
 
   const int lane = threadIdx.x % 32, t = lane % 4;
   const int warp_row = threadIdx.x - lane, row = warp_row + lane / 4;
-  const int per_slot = 4 / l.lanes, sample_of_slot = t / l.lanes, unit = t % l.lanes;
-  const int run_bytes = l.run * sizeof(T), step_bytes = 16 * l.lanes;
-  const char* const units = reinterpret_cast<const char*>(image + unit * UNIT);
+  const int own_bytes = (t & ((1 << l.lane_bits) - 1)) * 16;
+  const Cell* const first_sample = plan + (t >> l.lane_bits) * SAMPLE + row;
 
   // a thread plans one position (and multiplies four, of its own warp)
-  const int position = tile_m * TILE_M + threadIdx.x;
+  const int position = first_position + threadIdx.x;
   outputs[threadIdx.x] = output_pixel(g, min(position, positions - 1));
   if (position >= positions) outputs[threadIdx.x].image = -1;
 
   // a warp copies a piece of its own of the weights: the addresses of a lane differ by constants
   const int piece = warp_row * (STAGE / THREADS) + lane;
+  const Unit* const weights = packed + static_cast<int64>(first_step) * STAGE + piece;
   for (bool corrected = true;; corrected = false) {
-    const Unit* from = packed + (static_cast<int64>(tile) * l.steps + begin) * STAGE + piece;
     const auto fetch = [&](int step, int stage) {
-      if (step < steps) {
-  #pragma unroll
-        for (int i = 0; i < STAGE / WARPS; i += 32) {
-          cp_async<16>(ring + stage * STAGE + piece + i, from + i);
-        }
-        from += STAGE;
+      const char* from = advance(reinterpret_cast<const char*>(weights), step, STAGE * sizeof(Unit));
+#pragma unroll
+      for (int i = 0; i < STAGE / WARPS; i += 32) {
+        cp_async<16>(ring + stage + piece + i, from + i * sizeof(Unit));
       }
       cp_async_commit();
     };
-    for (int stage = 0; stage < STAGES - 1; ++stage) fetch(stage, stage);
+    for (int s = 0; s < STAGES - 1; ++s) fetch(s, s * STAGE);
 
     Sums sums = {};
-    Unit seen[ROWS][CORNERS], a[ROWS];
+    Unit seen[ROWS][CORNERS];
     Step at = step_at(l, begin);
-    SampleId sample = sample_at(g, at.first_slot * per_slot);
-    const char* channels = units + at.chunk * step_bytes;
-    int left = run_bytes - at.chunk * step_bytes;
-    u32 inside = 0;
-    bool planned = false;
-    for (int step = -1, stage = STAGES - 1; step < steps; ++step) {
+    const Cell* sample = first_sample;  // of the lane in this step
+    const char* channels = nullptr;     // of the lane in this chunk
+    int slots = 0, left = 0;            // planned slots, and those that remain for this chunk
+    u32 planned = 0, inside = 0;        // a bit for each: whether all of their corners lie inside
+    int stage = (STAGES - 1) * STAGE, free_stage = 0;
+    for (int step = -1; step < steps; ++step) {
+      Unit a[ROWS];
       if (step >= 0) {
-        const Weights* weights = plan[at.slot * per_slot + sample_of_slot].weights + row;
-  #pragma unroll
-        for (int r = 0; r < ROWS; ++r) blend(a[r], seen[r], weights[8 * r]);
-        if (++at.slot == at.slots) {
-          at.slot = 0;
-          channels += step_bytes;
-          left -= step_bytes;
-          if (left <= 0) {
-            channels = units;
-            left = run_bytes;
-            at.first_slot += l.planned;
-            planned = false;
-          }
-        }
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) blend(a[r], seen[r], sample[TILE_M + 8 * r].weights);
+        sample += l.samples * SAMPLE;
+        inside >>= 1;
+        --left;
       }
-      if (step + 1 < steps) {
-        if (!planned) {
-          at.slots = min(l.planned, l.slots - at.first_slot);
-          inside = plan_slots(g, l, places, outputs[threadIdx.x], group, at.slots, sample, plan);
-          planned = true;
+      if (left == 0) {
+        if (slots == 0 || at.chunk == l.chunks) {
+          if (slots) at.chunk = 0;
+          at.first_slot += slots;
+          slots = min(l.planned, l.slots - at.first_slot);
+          planned = plan_slots(g, l, places, outputs[threadIdx.x],
+                               samples + (group * l.slots + at.first_slot) * l.samples, slots,
+                               plan + threadIdx.x);
         }
-        const Pixels* rows = plan[at.slot * per_slot + sample_of_slot].rows + row;
-        if (inside >> at.slot & 1 && left >= step_bytes) {
-          gather<false>(seen, channels, run_bytes, rows, 0);
-        } else {
-          gather<true>(seen, channels, run_bytes, rows, left / sizeof(T) - unit * UNIT);
-        }
+        channels = reinterpret_cast<const char*>(image) + at.chunk * l.step_bytes + own_bytes;
+        ++at.chunk;
+        inside = slots > 0 && at.chunk * l.step_bytes <= l.run_bytes ? planned >> at.slot : 0;
+        left = slots - at.slot;
+        sample = first_sample + at.slot * l.samples * SAMPLE;
+        at.slot = 0;
+      }
+      if (inside & 1) {
+        gather<false>(seen, channels, l.run_bytes, sample, 0);
+      } else {
+        const int before = (at.chunk - 1) * l.step_bytes + own_bytes;
+        gather<true>(seen, channels, l.run_bytes, sample, (l.run_bytes - before) / int(sizeof(T)));
       }
       if (step >= 0) {
         cp_async_wait<STAGES - 2>();
         __syncthreads();
-        fetch(step + STAGES - 1, stage == 0 ? STAGES - 1 : stage - 1);
-        multiply_step(sums, a, ring + stage * STAGE + lane, corrected);
+        fetch(step + STAGES - 1, free_stage);
+        if (TERMS == 1 || corrected) {
+          multiply_step<true>(sums, a, ring + stage + lane, l.outs - tile * TILE_N);
+        } else {
+          multiply_step<false>(sums, a, ring + stage + lane, l.outs - tile * TILE_N);
+        }
       }
-      stage = stage == STAGES - 1 ? 0 : stage + 1;
+      free_stage = stage;
+      stage = stage == (STAGES - 1) * STAGE ? 0 : stage + STAGE;
     }
 
-    const int first = group * l.outs + (tile - group * l.tiles) * TILE_N;
-    const bool nan = store(y + static_cast<int64>(part) * positions * g.out_channels, bias, sums,
-                           tile_m * TILE_M + row, positions, g.out_channels, first + t * UNIT,
-                           (group + 1) * l.outs, corrected);
+    cp_async_wait<0>();
+    const int first = group * l.outs + tile * TILE_N;
+    const bool nan = store(y + static_cast<int64>(blockIdx.z) * positions * g.out_channels, bias,
+                           sums, first_position + row, positions, g.out_channels,
+                           first + t * UNIT, (group + 1) * l.outs, corrected);
     if (TERMS == 1 || !corrected || !any_of_block(nan)) break;
   }
 }

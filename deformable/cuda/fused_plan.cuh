@@ -29,24 +29,23 @@ struct Places {
   Strides offset_strides, mask_strides;
 };
 
+// The tap that lies (dy, dx) from the first one. Its offset is the `sample`th of the position.
 __device__ __forceinline__ void plan_sample(const ConvGeometry& g, const Places& places,
-                                            const OutputPixel& out, int offset_group, int i, int j,
+                                            const OutputPixel& out, int dy, int dx, int sample,
                                             Pixels& pixels, Weights& weights) {
-  const Tap at = regular_tap(g, out, i, j);
-  const int image = out.image * g.height * g.width;
+  const Tap first = regular_tap(g, out, 0, 0);
+  const int image = out.image * g.height * g.width, y = first.y + dy, x = first.x + dx;
   if constexpr (CORNERS == 1) {
-    const bool inside = at.y >= 0 && at.y < g.height && at.x >= 0 && at.x < g.width;
-    pixels.corner[0] = inside ? image + at.y * g.width + at.x : -1;
+    const bool inside = y >= 0 && y < g.height && x >= 0 && x < g.width;
+    pixels.corner[0] = inside ? image + y * g.width + x : -1;
     weights.corner[0] = 1;
   } else {
-    const int sample = (offset_group * g.kernel_h + i) * g.kernel_w + j;
-    const A dy = places.offset[places.offset_strides(out.image, 2 * sample, out.y, out.x)];
-    const A dx = places.offset[places.offset_strides(out.image, 2 * sample + 1, out.y, out.x)];
-    const A scale =
-        places.mask ? static_cast<A>(
-                          places.mask[places.mask_strides(out.image, sample, out.y, out.x)])
-                    : 1;
-    const Sample s = locate(at.y + dy, at.x + dx, g.height, g.width, scale);
+    const Strides &offset = places.offset_strides, &mask = places.mask_strides;
+    const A offset_y = places.offset[offset(out.image, 2 * sample, out.y, out.x)];
+    const A offset_x = places.offset[offset(out.image, 2 * sample + 1, out.y, out.x)];
+    A scale = 1;
+    if (places.mask) scale = places.mask[mask(out.image, sample, out.y, out.x)];
+    const Sample s = locate(y + offset_y, x + offset_x, g.height, g.width, scale);
 #pragma unroll
     for (int corner = 0; corner < CORNERS; ++corner) {
       const index_t pixel = corner_pixel(s, corner, g.height, g.width);

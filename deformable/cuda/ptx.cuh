@@ -54,6 +54,16 @@ __device__ __forceinline__ u32 to_tf32(float x) {
 #endif
 }
 
+// x as the sum of two numbers of tf32: its upper 10 bits of mantissa, and the rest, of whose 13 bits
+// tensor cores ignore the last. Volatile: computed here and now, not once more at every use.
+__device__ __forceinline__ void split_tf32(u32 x, u32& high, u32& low) {
+  asm volatile(
+      "and.b32 %0, %2, 0xffffe000;\n\t"
+      "sub.ftz.f32 %1, %2, %0;"
+      : "=&r"(high), "=r"(low)
+      : "r"(x));
+}
+
 // 8 x 8 matrices of 16-bit elements from shared memory: lane 8m + i gives the address of row i of
 // matrix m, 16 bytes aligned to 16; register m of lane l receives row l / 4, elements 2 (l % 4) and
 // the next. `_trans` gives the transposed matrices.

@@ -85,6 +85,11 @@ SIMT_RAW inline u32 to_tf32(float x) {
   return finite ? (bits + 0x1000u) & 0xffffe000u : bits;
 }
 
+SIMT_RAW inline void split_tf32(u32 x, u32& high, u32& low) {
+  high = x & 0xffffe000u;
+  low = simt_bits<u32>(simt_bits<float>(x) - simt_bits<float>(high));
+}
+
 // ---- ldmatrix
 template <int MATRICES, bool TRANSPOSED>
 SIMT_RAW void simt_ldmatrix(const void* const* in, void* const* out, unsigned) {
