@@ -28,8 +28,10 @@ __attribute__((visibility("default"))) SIMT_RAW void simt_image(char** p) {{
 }}
 }}
 {structs}
-#define SIMT_KERNELS extern "C" __attribute__((visibility("default"))) const SimtKernel simt_kernels[]
-SIMT_KERNELS = {{{kernels}}};
+extern "C" {{
+extern __attribute__((visibility("default"))) const SimtKernel simt_kernels[];
+const SimtKernel simt_kernels[] = {{{kernels}}};
+}}
 """
 
 SHARED_LIMIT = 227 << 10
