@@ -98,8 +98,10 @@ def place(library, offset):
 
 @functools.cache
 def _own_hash():
+    """Of the simulator's C++ and of its path, by which ``place`` knows it from a kernel."""
     files = sorted((HERE / "dialect").iterdir()) + sorted((HERE / "runtime").iterdir())
-    return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
+    texts = (file.read_bytes() for file in files)
+    return hashlib.sha256(b"\0".join((str(HERE).encode(), *texts))).hexdigest()
 
 
 def _key(*texts):
