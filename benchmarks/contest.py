@@ -50,17 +50,22 @@ Invite = Callable[[Any, dict[str, np.ndarray], np.ndarray, str], list[Runner]]
 def run(description: str, output: str, cases: Iterable[Workload], invite: Invite) -> None:
     """The whole program: options, measurements, records, tables."""
     options = _options(description, RESULTS / output)
-    if not gpu.HAVE_GPU and not options.tiny:
-        sys.exit("no GPU: only --tiny runs here, to try the benchmark out")
-    ran = environment(PACKAGES, device=gpu.device_name(), clocks=gpu.clocks())
-    log = Log(None if options.tiny else options.output, ran)
-    print(ran, end="\n\n")
+    log = device_log(options)
     words = options.only.split(",")
     for case in cases:
         named = any(word in f"{case.operator} {case.label}" for word in words)
         if named and available(case.operator):
             _measure(case.tiny() if options.tiny else case, invite, options, log)
     print(gpu_tables(log.records))
+
+
+def device_log(options: argparse.Namespace) -> Log:
+    """The log of a run on the GPU; one on tiny shapes is not written down."""
+    if not gpu.HAVE_GPU and not options.tiny:
+        sys.exit("no GPU: only --tiny runs here, to try the benchmark out")
+    ran = environment(PACKAGES, device=gpu.device_name(), clocks=gpu.clocks())
+    print(ran, end="\n\n")
+    return Log(None if options.tiny else options.output, ran)
 
 
 def _options(description: str, output: Path) -> argparse.Namespace:
