@@ -469,12 +469,20 @@ class Pattern(NamedTuple):
     def matrix(
         self, scale: np.ndarray | None = None, y: str = "weight", x: str = "weight"
     ) -> csr_array:
-        """Of the weights or the slopes along each axis, every row multiplied by its ``scale``."""
+        """Of the weights or the slopes along each axis, every row multiplied by its ``scale``.
+
+        Entries of 0 are dropped: what they stand at may be infinite.
+        """
         line = getattr(self.y, y)[self.line]
         if scale is not None:
             line *= scale.astype(line.dtype)[self.row]
         data = np.repeat(line, self.length) * getattr(self.x, x)[self.entry]
-        return csr_array((data, self.column, self.start), shape=(len(self.start) - 1, self.width))
+        shape = (len(self.start) - 1, self.width)
+        matrix = csr_array((data, self.column, self.start), shape=shape)
+        if not data.all():
+            matrix = matrix.copy()  # the pattern is shared
+            matrix.eliminate_zeros()
+        return matrix
 
 
 def blocks(

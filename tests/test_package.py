@@ -12,6 +12,7 @@ import pytest
 
 import deformable
 from deformable import _cuda
+from deformable._roi import RoIGeometry, Rule
 from deformable.conv import ConvGeometry
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +77,10 @@ def struct_fields(file, name):
     ]
 
 
-@pytest.mark.parametrize(("file", "geometry"), [("conv.cuh", ConvGeometry)])
+@pytest.mark.parametrize(
+    ("file", "geometry"),
+    [("conv.cuh", ConvGeometry), ("roi.cuh", RoIGeometry), ("roi.cuh", Rule)],
+)
 def test_structs_of_both_languages_have_the_same_fields(file, geometry):
     values = [1.0 if geometry.__annotations__[f] is float else 1 for f in geometry._fields]
     layout = _cuda.struct(geometry(*values)).dtype

@@ -1,21 +1,125 @@
-"""RoIAlign against its definition, on both array libraries."""
+"""RoIAlign: golden cases, closed forms and the maximum; the rest is in test_roi.py."""
 
+import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from deformable import ps_roi_align, ps_roi_align_backward, roi_align, roi_align_backward
+from deformable.testing import check_backward
+from tests import reference_roi as reference
+from tests.arrays import host, on
 from tests.golden_cases import check_golden, golden_cases
-
-OPERATORS = {
-    "roi_align": (roi_align, roi_align_backward),
-    "ps_roi_align": (ps_roi_align, ps_roi_align_backward),
-}
+from tests.roi_cases import random_case
 
 
 @pytest.mark.parametrize(("case", "dtype"), golden_cases("roi_align"))
-def test_golden_cases_of_roi_align(case, dtype, xp):
+def test_golden_cases(case, dtype, xp):
     check_golden(case, dtype, roi_align, roi_align_backward, xp)
 
 
 @pytest.mark.parametrize(("case", "dtype"), golden_cases("ps_roi_align"))
 def test_golden_cases_of_ps_roi_align(case, dtype, xp):
     check_golden(case, dtype, ps_roi_align, ps_roi_align_backward, xp)
+
+
+@pytest.mark.parametrize("sampling_ratio", [1, 2, 7, 0])
+def test_bins_of_a_ramp_are_their_centers(sampling_ratio, xp):
+    rows, columns = np.mgrid[:20, :30]
+    x = xp.asarray(np.stack([rows, columns])[None].astype(float))
+    rois = xp.asarray(np.array([[0, 3.5, 2.5, 24.5, 17.5]]))
+    y = host(xp, roi_align(x, rois, (5, 3), 1.0, sampling_ratio, aligned=True))
+    assert np.abs(y[0, 0] - (2 + 3 * (np.arange(5)[:, None] + 0.5))).max() <= 1e-13
+    assert np.abs(y[0, 1] - (3 + 7 * (np.arange(3) + 0.5))).max() <= 1e-13
+
+
+def test_unaligned_rois_are_not_shifted_but_one_pixel_large(xp):
+    x = xp.asarray(np.arange(8.0).reshape(1, 1, 1, 8))
+    rois = xp.asarray(np.array([[0.0, 2, 0, 2, 0], [0, 2, 0, 5, 0]]))
+    assert host(xp, roi_align(x, rois, 1)).ravel().tolist() == [2.5, 3.5]
+    assert host(xp, roi_align(x, rois, 1, aligned=True)).ravel().tolist() == [0, 0]
+
+
+def test_positions_in_half_precision_do_not_lose_bits(xp):
+    """RoIs of 2048 pixels and more would be off by a pixel."""
+    x = xp.asarray(np.arange(128, dtype=np.float16).reshape(1, 1, 1, 128))
+    rois = xp.asarray(np.array([[0, 2040, 0, 2048, 16]], np.float16))
+    y = roi_align(x, rois, 1, 1 / 16, 1, aligned=True)
+    assert host(xp, y).item() == np.float16(127)  # 127.25, clamped
+    y = roi_align(x, rois, (1, 2), 1 / 32, 1, aligned=True)
+    assert host(xp, y).ravel().tolist() == [63.3125, 63.4375]
+
+
+# ---- the maximum
+
+
+@pytest.mark.parametrize("values", ["distinct", "ties", "non-finite"])
+@pytest.mark.parametrize("seed", range(10))
+def test_maximum_equals_the_definition(seed, values, xp):
+    """In ties the first sample wins, as does the first NaN; samples outside are 0."""
+    rng = np.random.default_rng(seed)
+    arrays, keywords = random_case("roi_align", rng)
+    keywords["mode"] = "max"
+    if values == "ties":
+        arrays["x"] = rng.integers(-2, 1, arrays["x"].shape).astype(float)
+    elif values == "non-finite":
+        where = rng.random(arrays["x"].shape) < 0.1
+        arrays["x"][where] = rng.choice([np.nan, np.inf, -np.inf], where.sum())
+    y = host(xp, roi_align(**on(xp, arrays), **keywords))
+    grad_y = rng.normal(size=y.shape)
+    with np.errstate(invalid="ignore"):
+        want_y = reference.pool("roi_align", **arrays, **keywords)
+        want = reference.pool_backward("roi_align", grad_y, **arrays, **keywords)["x"]
+    assert_allclose(y, want_y, rtol=1e-12, atol=1e-12)
+    have = roi_align_backward(xp.asarray(grad_y), **on(xp, arrays), **keywords).x
+    assert np.abs(host(xp, have) - want).max() <= 1e-12 * max(1, np.abs(want).max())
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_gradients_of_the_maximum(seed):
+    rng = np.random.default_rng(seed)
+    arrays, keywords = random_case("roi_align", rng, mode="max")
+    check_backward(roi_align, roi_align_backward, [], arrays | keywords, rng=rng)
+
+
+def test_maximum_of_more_samples_than_a_tile(xp):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 3, 40, 45))
+    rois = np.array([[0.0, -3, -2, 48, 41], [0, 50, 43, 2, -4]])
+    for sampling_ratio in (0, 37):
+        arguments = {"output_size": (1, 1), "sampling_ratio": (sampling_ratio,) * 2}
+        arguments |= {"aligned": True, "mode": "max"}
+        y = roi_align(xp.asarray(x), xp.asarray(rois), **arguments)
+        want = reference.pool("roi_align", x, rois, **arguments)
+        assert np.abs(host(xp, y) - want).max() <= 1e-13
+        grad = roi_align_backward(xp.ones(y.shape), xp.asarray(x), xp.asarray(rois), **arguments)
+        want = reference.pool_backward("roi_align", np.ones(want.shape), x, rois, **arguments)["x"]
+        assert np.abs(host(xp, grad.x) - want).max() <= 1e-12
+
+
+def test_ten_maxima_are_bitwise_equal(xp):
+    rng = np.random.default_rng(1)
+    arrays, keywords = random_case("roi_align", rng, k=30, mode="max")
+    arrays = on(xp, arrays)
+    y = roi_align(**arrays, **keywords)
+    first = host(xp, roi_align_backward(y, **arrays, **keywords).x)
+    for _ in range(9):
+        assert_array_equal(host(xp, roi_align_backward(y, **arrays, **keywords).x), first)
+
+
+def test_a_bin_larger_than_a_tile_is_one_mean(xp):
+    """Kernels weigh pixels in tiles of 16."""
+    rng = np.random.default_rng(2)
+    x, rois = (
+        rng.normal(size=(1, 3, 40, 45)),
+        np.array([[0.0, -3, -2, 48, 41], [0, 3, 2, 42, 37.5]]),
+    )
+    for sampling_ratio in ((0, 0), (50, 3)):
+        arguments = {"output_size": (1, 1), "sampling_ratio": sampling_ratio, "aligned": True}
+        y = roi_align(xp.asarray(x), xp.asarray(rois), **arguments)
+        assert (
+            np.abs(host(xp, y) - reference.pool("roi_align", x, rois, **arguments)).max() <= 1e-14
+        )
+        grad_y = rng.normal(size=y.shape)
+        have = roi_align_backward(xp.asarray(grad_y), xp.asarray(x), xp.asarray(rois), **arguments)
+        want = reference.pool_backward("roi_align", grad_y, x, rois, **arguments)["x"]
+        assert np.abs(host(xp, have.x) - want).max() <= 1e-14

@@ -27,20 +27,22 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       for (int c = threadIdx.x * VEC; c < depth; c += blockDim.x * VEC) {
         const Vector grad = load(grad_y + static_cast<int64>(row) * depth + c);
         for (int i = 0; i < min(TILE, along_y.pixels - ty); ++i) {
-          if (weights.along[0][i] == 0 && slopes.along[0][i] == 0) continue;
+          const A weight_y = weights.along[0][i], slope_y = slopes.along[0][i];
+          if (weight_y == 0 && slope_y == 0) continue;
           const T* pixel = image + c + pixel_offset(g, image_index, along_y.pixel + ty + i,
                                                     along_x.pixel + tx, plane);
           Vector line = zero(), slope = zero();
           for (int j = 0; j < min(TILE, along_x.pixels - tx); ++j) {
-            if (weights.along[1][j] == 0 && slopes.along[1][j] == 0) continue;
+            const A weight_x = weights.along[1][j], slope_x = slopes.along[1][j];
+            if (weight_x == 0 && slope_x == 0) continue;
             const Vector value = load(pixel + static_cast<int64>(j) * g.channels);
-            add(line, weights.along[1][j], value);
-            add(slope, slopes.along[1][j], value);
+            if (weight_x != 0) add(line, weight_x, value);
+            if (slope_x != 0) add(slope, slope_x, value);
           }
           const A product = dot(line, grad);
-          products[0] += slopes.along[0][i] * product;
-          products[1] += weights.along[0][i] * dot(slope, grad);
-          products[2] += weights.along[0][i] * product;
+          if (slope_y != 0) products[0] += slope_y * product;
+          if (weight_y != 0) products[1] += weight_y * dot(slope, grad);
+          if (weight_y != 0) products[2] += weight_y * product;
         }
       }
     }
@@ -52,10 +54,11 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   }
   if (threadIdx.x > 0) return;
   const bool lost = isnan(along_y.start + along_x.start);
-  const double factor = mask_of(g, mask, bin);
+  const A factor = static_cast<A>(mask_of(g, mask, bin));
   for (int i = 0; i < 3; ++i) {
-    const A scale = i < 2 ? static_cast<A>(factor) : 1;
-    along[3 * static_cast<int64>(row) + i] = lost ? static_cast<A>(nan("")) : products[i] * scale;
+    A product = products[i];
+    if (i < 2) product = factor == 0 ? 0 : product * factor;  // what it is times may be infinite
+    along[3 * static_cast<int64>(row) + i] = lost ? static_cast<A>(nan("")) : product;
   }
 }
 
