@@ -29,11 +29,13 @@ SENSITIVE = [
     for rois in (300, 2000)
 ]
 DEFORMABLE = [
-    Pooling(f"DP{classes}", "deform_ps_roi_pool", 1, 49 * classes, *SCORES, rois, 7, options=FOUR)
-    for classes in (21, 81)
-    for rois in (300, 2000)
-] + [
-    Pooling("DR", "deform_ps_roi_pool", 1, 256, *SCORES, 300, 7, options={**FOUR, "group_size": 1})
+    *(
+        Pooling(f"DP{n}", "deform_ps_roi_pool", 1, 49 * n, *SCORES, rois, 7, options=FOUR)
+        for n in (21, 81)
+        for rois in (300, 2000)
+    ),
+    Pooling("DR", "deform_ps_roi_pool", 1, 256, *SCORES, 300, 7, options={**FOUR, "group_size": 1}),
+    Pooling("DM", "deform_roi_pool", 1, 256, *SCORES, 300, 7, options=TWO),
 ]
 
 
@@ -46,7 +48,7 @@ def invite(
         library(f"{OURS} again", case, sets),
         library(f"{OURS} channels-last", case, map(channels_last_image, sets)),
     ]
-    if case.operator.startswith("deform") and dtype == "float32":
+    if case.operator == "deform_ps_roi_pool" and dtype == "float32":
         runners.append(classic_deform_roi.runner(case, sets))
     if dtype == "bfloat16" or case.options.get("group_size") == 1:
         return runners  # which torchvision does not have

@@ -186,10 +186,15 @@ def channels_last(inputs: Inputs) -> Inputs:
     return moved, rearranged(grad_y)
 
 
-def library(name: str, case: Workload, sets: Iterable[Inputs]) -> Runner:
+def library(
+    name: str,
+    case: Workload,
+    sets: Iterable[Inputs],
+    to_numpy: Callable[[Any], np.ndarray] = lambda array: array.get(),
+) -> Runner:
     """This library on these inputs."""
     calls = (library_call(case.operator, arrays, case.keywords, grad) for arrays, grad in sets)
-    return Runner([Contender(name, one, lambda array: array.get()) for one in calls])
+    return Runner([Contender(name, one, to_numpy) for one in calls])
 
 
 def _dtype(name: str) -> np.dtype:

@@ -1,0 +1,79 @@
+"""Checks that only a real GPU can answer, beside the tests.
+
+    python -m benchmarks.device_checks [--tiny]       ten runs of every operator, bit for bit
+    python -m benchmarks.device_checks --once         every operator once, small: for a sanitizer
+
+With ``--once`` every array is an allocation of its own, so that compute-sanitizer sees where it
+ends, which it does not within cupy's pool.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+
+import deformable
+from benchmarks import bench_conv, bench_deform_conv, bench_roi, gpu
+from benchmarks.contest import DTYPES, library, upload
+from benchmarks.gpu import cupy
+from benchmarks.harness import BOTH, LIMITS, OURS, available, markdown, verify
+from benchmarks.workloads import Workload, draw
+
+RUNS = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--once", action="store_true", help="small, without cupy's pool")
+    parser.add_argument("--tiny", action="store_true", help="small")
+    options = parser.parse_args()
+    if not gpu.HAVE_GPU and not options.tiny:
+        sys.exit("no GPU: only --tiny runs here, to try the checks out")
+    small = options.once or options.tiny
+    if options.once and gpu.HAVE_GPU:
+        cupy.cuda.set_allocator(None)
+    rows, failed = [["operator", "workload", "dtype", "error", "same bits"]], False
+    for case in _cases(small):
+        for dtype in DTYPES:
+            error, same = _check(case, dtype, 1 if options.once else RUNS)
+            wrong = not error <= LIMITS[dtype] or same < 1
+            failed |= wrong
+            verdict = f"{same:.0%}" + (" WRONG" if wrong else "")
+            rows.append([case.operator, case.label, dtype, f"{error:.0e}", verdict])
+    print(markdown(rows))
+    sys.exit(1 if failed else 0)
+
+
+def _cases(small: bool) -> Iterator[Workload]:
+    """A case of every operator, and those that take different paths through the kernels."""
+    convolutions = {"D4", "D5d", "B4", "S1", "X4", "V4"}
+    deformable_ones = [c for c in bench_deform_conv.CASES if c.name in convolutions]
+    plain = [case for case in bench_conv.CASES if case.name in {"D4", "X4"}]
+    pools = {case.operator: case for case in (*bench_roi.ALIGN, *bench_roi.POOL,
+             *bench_roi.SENSITIVE, *bench_roi.DEFORMABLE)}  # fmt: skip
+    for case in (*deformable_ones, *plain, *pools.values()):
+        if available(case.operator):
+            yield case.tiny() if small else case
+
+
+def _check(case: Workload, dtype: str, runs: int) -> tuple[float, float]:
+    """The largest error of all results, and the share of runs with the bits of the first."""
+    arrays, grad_y = draw(case, np.random.default_rng(0))
+    reference = library(OURS, case, [(arrays, grad_y)], np.asarray).sets[0].results(BOTH)
+    storage = "float32" if dtype == "tf32" else dtype
+    inputs = upload(arrays, grad_y, storage, rois="float32", offset="float32")[:1]
+    contender = library(OURS, case, inputs).sets[0]
+    with deformable.float32_precision("high" if dtype == "tf32" else "highest"):
+        gpu.poison(sum(array.nbytes for array in reference.values()))
+        error = max(verify(contender, BOTH, reference).values())
+        first = contender.results(BOTH)
+        same = 1
+        for _ in range(runs - 1):
+            again = contender.results(BOTH)
+            same += all(again[name].tobytes() == first[name].tobytes() for name in first)
+    return error, same / runs
+
+
+if __name__ == "__main__":
+    main()
