@@ -21,7 +21,7 @@ import numpy as np
 import deformable
 from deformable._array import compute_dtype
 from deformable.testing import error_bound
-from tests import reference
+from tests import reference, roi_loops
 from tests.arrays import host
 
 try:
@@ -34,8 +34,9 @@ SPACING = {"float16": 2.0**-24}  # of the numbers around 0; those of other dtype
 STORAGE = tuple(map(np.dtype, (np.float16, bfloat16, np.float32, np.float64)))
 NON_FINITE = (math.nan, math.inf, -math.inf)
 FAR = (*NON_FINITE, 1e30, -1e30, 2.0**31, -(2.0**31), 2.0**63, -(2.0**63), -1e-30)
+INT_MAX = 2**31 - 1
 WRONG_NUMBERS = (
-    *(0, -1, 2**31 - 1, 2**31, -(2**31), 2**63, -(2**63), 10**400, True, 1.5, -0.0, 1e300, 1j),
+    *(0, -1, INT_MAX, 2**31, -(2**31), 2**63, -(2**63), 10**400, True, 1.5, -0.0, 1e300, 1j),
     *(None, "2", b"2", "xx", (), (1,), (1, 2, 3), (1, -1), (2, 1.0), [1, 2], {1: 2}, object()),
     *(np.int64(1), np.uint8(2), np.float32(1), np.array([1, 1]), np.array(1), np.array([])),
 )
@@ -63,10 +64,10 @@ class Operator:
     loops_backward: Callable[..., dict]
     storage: tuple[str, ...] = ("x", "weight", "bias")  # arguments that share one dtype
     positions: tuple[str, ...] = ()  # arguments that say where to look
-
-    @property
-    def name(self):
-        return self.forward.__name__
+    optional: tuple[str, ...] = ("bias", "mask")
+    picks: bool = False  # a maximum: what it depends on is not the size of x but its sign
+    costly: tuple[str, ...] = ()  # numbers that may not be huge
+    refuses: Callable[[dict], bool] = lambda arguments: False  # on NumPy, which looks at values
 
     @property
     def gradients(self):
@@ -143,28 +144,146 @@ def draw_plane(rng, kernel):
     return size, {"stride": stride, "padding": padding, "dilation": dilation}
 
 
+def draw_rois(rng, groups=1):
+    """Feature maps, RoIs and numbers, of few bits: samples that are equal are so in float32."""
+    n, k = int(rng.integers(1, 3)), int(rng.choice((0, 1, 3)))
+    output_size = tuple(map(int, rng.choice((1, 2, 4), 2)))
+    channels = int(rng.choice((1, 2, 4))) * (groups or math.prod(output_size))
+    corner = rng.integers(-32, 64, (k, 2)) / 4
+    # truncated, the indices lie in the batch; sizes are negative now and then
+    index = rng.integers(0, n, (k, 1)) + rng.choice((-0.75, 0, 0.25), (k, 1)) * (k > 1)
+    index[index <= -1] = 0
+    arrays = {
+        "x": rng.integers(-32, 32, (n, channels, *rng.integers(1, 7, 2))) / 8,
+        "rois": np.concatenate((index, corner, corner + rng.integers(-8, 40, (k, 2)) / 4), axis=1),
+    }
+    scale = float(rng.choice((0.25, 0.5, 1.0, 2.0)))
+    return arrays, {"output_size": output_size, "spatial_scale": scale}
+
+
+def draw_sampling(rng, numbers, least=-1):
+    ratios = [ratio for ratio in (-1, 1, 2, 4) if ratio >= least]
+    return numbers | {"sampling_ratio": tuple(map(int, rng.choice(ratios, 2)))}
+
+
+def draw_roi_align(rng):
+    arrays, numbers = draw_rois(rng)
+    return arrays, draw_sampling(rng, numbers) | {"aligned": bool(rng.integers(2))}
+
+
+def draw_largest_sample(rng):
+    arrays, numbers = draw_rois(rng)
+    numbers |= {"aligned": bool(rng.integers(2)), "mode": "max"}
+    return arrays, draw_sampling(rng, numbers, least=1)  # whose sums have few bits
+
+
+def draw_ps_roi_align(rng):
+    arrays, numbers = draw_rois(rng, groups=None)
+    return arrays, draw_sampling(rng, numbers)
+
+
+def draw_ps_roi_pool(rng):
+    arrays, numbers = draw_rois(rng, groups=(group := rng.choice((None, 1))))
+    return arrays, numbers if group is None else numbers | {"group_size": (1, 1)}
+
+
+def draw_deform_roi_pool(rng):
+    arrays, numbers = draw_rois(rng)
+    numbers = draw_sampling(rng, numbers) | {"gamma": float(rng.choice((0.125, 0.5)))}
+    k, bins = len(arrays["rois"]), numbers["output_size"]
+    offset = rng.integers(-8, 8, (k, 2, *bins)) / 4 if rng.random() < 0.8 else None
+    mask = rng.normal(size=(k, *bins)) if rng.random() < 0.5 else None
+    return arrays | {"offset": offset, "mask": mask}, numbers
+
+
+def draw_deform_ps_roi_pool(rng):
+    arrays, numbers = draw_ps_roi_pool(rng)
+    numbers = draw_sampling(rng, numbers, 1) | {"gamma": float(rng.choice((0.125, 0.5)))}
+    k, bins = len(arrays["rois"]), numbers["output_size"]
+    outs = arrays["x"].shape[1] // math.prod(numbers.get("group_size", bins))
+    classes = int(rng.choice([c for c in (1, 2) if outs % c == 0]))
+    part = (k, 2 * classes, *rng.integers(1, 4, 2))
+    offset = rng.integers(-8, 8, part) / 4 if rng.random() < 0.8 else None
+    mask = rng.normal(size=(k, *bins)) if rng.random() < 0.5 else None
+    return arrays | {"offset": offset, "mask": mask}, numbers
+
+
+def large_rois(groups=1, **more):
+    """As ``draw``, of 60 RoIs with 7 x 7 bins; ``more`` shapes of arrays follow."""
+
+    def draw(rng):
+        shape = (2, 8 * groups, 32, 40)
+        corner = rng.integers(0, 24, (60, 2))
+        rois = np.concatenate((np.arange(60)[:, None] % 2, corner, corner + 12), axis=1)
+        arrays = {"x": rng.normal(size=shape), "rois": rois.astype(float)}
+        arrays |= {name: rng.normal(size=(60, *size)) for name, size in more.items()}
+        return arrays, {"output_size": (7, 7)}
+
+    return draw
+
+
+def has_wrong_rois(arguments):
+    """What NumPy refuses: indices outside of the batch, numbers that are not finite."""
+    n = len(arguments["x"])
+    return any(roi_loops.box(roi, n, 1.0) is None for roi in arguments["rois"].astype(float))
+
+
+def roi_operator(name, draw, large, **more):
+    loops = getattr(roi_loops, name)
+    return Operator(
+        getattr(deformable, name), getattr(deformable, f"{name}_backward"), draw, large,
+        loops, loops, storage=("x",), optional=("offset", "mask"), refuses=has_wrong_rois,
+        **{"positions": ("rois", "offset"), "costly": ("output_size", "group_size")} | more,
+    )  # fmt: skip
+
+
+MOVED = {"offset": (2, 7, 7), "mask": (7, 7)}
 OPERATORS = {
-    operator.name: operator
-    for operator in (
-        Operator(
-            deformable.conv2d,
-            deformable.conv2d_backward,
-            draw_conv2d,
-            large_conv2d,
-            reference.conv2d,
-            reference.conv2d_backward,
-        ),
-        Operator(
-            deformable.deform_conv2d,
-            deformable.deform_conv2d_backward,
-            draw_deform_conv2d,
-            large_deform_conv2d,
-            reference.deform_conv2d,
-            reference.deform_conv2d_backward,
-            positions=("offset",),
-        ),
-    )
-}
+    "conv2d": Operator(
+        deformable.conv2d,
+        deformable.conv2d_backward,
+        draw_conv2d,
+        large_conv2d,
+        reference.conv2d,
+        reference.conv2d_backward,
+    ),
+    "deform_conv2d": Operator(
+        deformable.deform_conv2d,
+        deformable.deform_conv2d_backward,
+        draw_deform_conv2d,
+        large_deform_conv2d,
+        reference.deform_conv2d,
+        reference.deform_conv2d_backward,
+        positions=("offset",),
+    ),
+    "roi_pool": roi_operator("roi_pool", draw_rois, large_rois(), picks=True),
+    "roi_align": roi_operator("roi_align", draw_roi_align, large_rois()),
+    "largest sample": roi_operator(
+        "roi_align", draw_largest_sample, large_rois(), picks=True,
+        costly=("output_size", "sampling_ratio"),
+    ),
+    "ps_roi_pool": roi_operator("ps_roi_pool", draw_ps_roi_pool, large_rois(49)),
+    "ps_roi_align": roi_operator("ps_roi_align", draw_ps_roi_align, large_rois(49)),
+    "deform_roi_pool": roi_operator(
+        "deform_roi_pool", draw_deform_roi_pool, large_rois(**MOVED)
+    ),
+    "deform_ps_roi_pool": roi_operator(
+        "deform_ps_roi_pool", draw_deform_ps_roi_pool, large_rois(49, **MOVED)
+    ),
+}  # fmt: skip
+
+
+def legal_call(operator, xp, seed=0, dtype=np.float64, large=False):
+    """The arguments of a random legal call, on arrays of ``xp`` of one dtype."""
+    arrays, numbers = (operator.large if large else operator.draw)(np.random.default_rng(seed))
+    given = {k: a if a is None else xp.asarray(a.astype(dtype)) for k, a in arrays.items()}
+    return given | numbers
+
+
+def results_of(operator, arguments):
+    """The result and all gradients, for which the result serves as ``grad_y``."""
+    y = operator.forward(**arguments)
+    return [y, *(g for g in operator.backward(y, **arguments) if g is not None)]
 
 
 # ---- hostile calls
@@ -283,16 +402,18 @@ def spoil_array(operator, call, xp, rng):
         other = sys.modules["cupy"] if xp is np else np
         call.arguments[call.spoilt] = other.zeros(array.shape, array.dtype)
     else:
-        optional = inspect.signature(operator.forward).parameters.get(call.spoilt)
-        first = 1 if optional is not None and optional.default is None else 0
+        first = int(call.spoilt in operator.optional)  # these may be None
         call.arguments[call.spoilt] = WRONG_ARRAYS[rng.integers(first, len(WRONG_ARRAYS))]
 
 
 def spoil_number(operator, call, xp, rng):
     """Numbers that are none, too small or too large; some of them are legal."""
-    names = [name for name, value in call.arguments.items() if isinstance(value, int | tuple)]
+    kinds = (int, float, tuple)  # and no bool, as which everything may serve
+    names = [name for name, value in call.arguments.items() if type(value) in kinds]
     call.spoilt = names[rng.integers(len(names))]
-    call.arguments[call.spoilt] = WRONG_NUMBERS[rng.integers(len(WRONG_NUMBERS))]
+    value = WRONG_NUMBERS[rng.integers(len(WRONG_NUMBERS))]
+    huge = value is INT_MAX and call.spoilt in operator.costly
+    call.arguments[call.spoilt] = 0 if huge else value
 
 
 def spoil_names(operator, call, xp, rng):
@@ -318,10 +439,13 @@ def check(operator, xp, number):
     call = make(operator, xp, np.random.default_rng(number))
     before = {name: host(xp, memory).tobytes() for name, memory in call.memory.items()}
     alone = {k: v for k, v in call.arguments.items() if k not in ("grad_y", "wrt")}
-    y = answer(operator.forward, alone, call)
-    grads = answer(operator.backward, call.arguments, call)
+    refused = xp is np and call.spoilt not in ("x", "rois") and operator.refuses(alone)
+    y = answer(operator.forward, alone, call, refused)
+    grads = answer(operator.backward, call.arguments, call, refused)
     for name, memory in call.memory.items():
         assert host(xp, memory).tobytes() == before[name], f"{name} was written into"
+    if any(abs(v) > 1e6 for v in alone.values() if type(v) in (int, float)):
+        return  # a legal spatial_scale or gamma with which positions overflow
     if y is not None:
         check_result("y", xp, call, y, call.arguments["x"].dtype, *expected(operator, xp, alone))
     if grads is not None:
@@ -336,16 +460,17 @@ def check(operator, xp, number):
                 check_result(name, xp, call, gradient, dtype, want[name], size[name])
 
 
-def answer(function, arguments, call):
-    """What the function returns, or None where it refuses a spoilt call as documented."""
+def answer(function, arguments, call, refused):
+    """What the function returns, or None where it refuses a call as documented."""
     spoilt = call.spoilt in arguments
     try:
         result = function(**arguments)
     except (TypeError, ValueError) as error:
-        if not spoilt or not str(error).startswith(f"{function.__name__}: "):
+        if not (spoilt or refused) or not str(error).startswith(f"{function.__name__}: "):
             raise
         return None
     assert not (spoilt and call.hopeless), f"{function.__name__} took a wrong {call.spoilt}"
+    assert not refused, f"{function.__name__} took wrong values"
     return result
 
 
@@ -372,17 +497,21 @@ def expected(operator, xp, arguments):
     """By the loops: the result, and the sum of the absolute values of its terms."""
     with np.errstate(all="ignore"):
         exact = plain(operator, xp, arguments)
-        return operator.loops(**exact), operator.loops(**absolute(operator, exact))
+        size = operator.loops(**absolute(operator, exact), **of_size(operator.loops))
+        return operator.loops(**exact), np.abs(size)
 
 
 def expected_gradients(operator, xp, arguments):
-    of_size = {"size": True} if operator.positions else {}
+    loops = operator.loops_backward
     with np.errstate(all="ignore"):
         exact = plain(operator, xp, {k: v for k, v in arguments.items() if k != "wrt"})
-        return (
-            operator.loops_backward(**exact),
-            operator.loops_backward(**absolute(operator, exact), **of_size),
-        )
+        return loops(**exact), loops(**absolute(operator, exact), **of_size(loops))
+
+
+def of_size(loops):
+    """How loops that can be are asked for absolute values."""
+    parameters = inspect.signature(loops).parameters
+    return {"size": True} if "size" in parameters or "more" in parameters else {}
 
 
 def plain(operator, xp, arguments):
@@ -401,7 +530,8 @@ def plain(operator, xp, arguments):
 
 
 def absolute(operator, exact):
+    signed = (*operator.positions, *(("x",) if operator.picks else ()))
     return {
-        name: np.abs(a) if isinstance(a, np.ndarray) and name not in operator.positions else a
+        name: np.abs(a) if isinstance(a, np.ndarray) and name not in signed else a
         for name, a in exact.items()
     }

@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
         if (pixel >= run.pixel && pixel < run.pixel + run.pixels) {
           weight = tap_of(run, pixel, along_y ? g.height : g.width).weight;
         }
-        if (along_y) weight *= mean_of(rule, y, x) * mask_of(g, mask, bin);
+        if (along_y && weight != 0) weight *= mean_of(rule, y, x) * mask_of(g, mask, bin);
         weights[b][place] = static_cast<A>(weight);
       }
       __syncthreads();
