@@ -3,6 +3,7 @@
 Only metadata is looked at: nothing here ever reads the values of a device array.
 """
 
+import functools
 import math
 import sys
 from collections.abc import Collection, Iterable, Mapping
@@ -53,13 +54,19 @@ def check_library(
     return modules[first]
 
 
+@functools.cache
+def _name(dtype: np.dtype) -> str:
+    """The name of a dtype, which takes NumPy a microsecond to tell."""
+    return dtype.name
+
+
 def check_dtypes(function: str, data: Mapping[str, Array], real: Mapping[str, Array]) -> None:
     """``data`` share one floating dtype; ``real`` (positions, masks) have it or a common one."""
     first, dtype = next((name, array.dtype) for name, array in data.items())
     for name, array in data.items():
         if array is None:
             continue
-        if array.dtype.name not in FLOATS or not array.dtype.isnative:
+        if _name(array.dtype) not in FLOATS or not array.dtype.isnative:
             raise TypeError(
                 f"{function}: {name} has dtype {array.dtype}, expected one of {', '.join(FLOATS)}"
             )
@@ -70,8 +77,8 @@ def check_dtypes(function: str, data: Mapping[str, Array], real: Mapping[str, Ar
     for name, array in real.items():
         if array is None:
             continue
-        allowed = dict.fromkeys((dtype.name, "float32", "float64"))
-        if array.dtype.name not in allowed or not array.dtype.isnative:
+        allowed = dict.fromkeys((_name(dtype), "float32", "float64"))
+        if _name(array.dtype) not in allowed or not array.dtype.isnative:
             raise TypeError(
                 f"{function}: {name} has dtype {array.dtype}, expected {' or '.join(allowed)}"
             )
@@ -83,9 +90,12 @@ def check_shape(
     """Raise unless ``array`` is None or has this shape; a string stands for any size."""
     if array is None:
         return
-    fits = len(array.shape) == len(expected) and all(
-        isinstance(want, str) or have == want
-        for have, want in zip(array.shape, expected, strict=True)
+    fits = array.shape == expected or (
+        len(array.shape) == len(expected)
+        and all(
+            isinstance(want, str) or have == want
+            for have, want in zip(array.shape, expected, strict=True)
+        )
     )
     if not fits:
         wanted = ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "")

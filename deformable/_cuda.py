@@ -91,9 +91,13 @@ def source(file: str) -> str:
 
 
 @functools.cache
-def _kernel(file: str, name: str, options: tuple[str, ...], device: int) -> Any:
+def _kernel(file: str, name: str, macros: tuple[tuple[str, Any], ...], device: int) -> Any:
     import cupy
 
+    options = tuple(
+        f"-D{key}={CTYPE[value.name] if isinstance(value, np.dtype) else value}"
+        for key, value in sorted(macros)
+    )
     return cupy.RawModule(code=source(file), options=options).get_function(name)
 
 
@@ -128,18 +132,14 @@ def launch(
     if 0 in grid:
         return
 
-    options = tuple(
-        f"-D{key}={CTYPE[value.name] if isinstance(value, np.dtype) else value}"
-        for key, value in sorted(defines.items())
-    )
-    kernel = _kernel(file, name, options, cupy.cuda.runtime.getDevice())
+    kernel = _kernel(file, name, tuple(defines.items()), cupy.cuda.runtime.getDevice())
     if shared > 48 << 10:
         _allow_shared(kernel, shared)
-    values = tuple(
+    values = [
         struct(a) if isinstance(a, tuple) else np.int64(a) if isinstance(a, int) else a
         for a in args
-    )
-    kernel(grid, block, values, shared_mem=shared)
+    ]
+    kernel(grid, block, tuple(values), shared_mem=shared)
 
 
 def _allow_shared(kernel: Any, size: int) -> None:

@@ -69,7 +69,7 @@ class Strides(NamedTuple):
 def _strides(array: Array | None) -> Strides:
     if array is None:
         return Strides(*[np.int64(0)] * 4)
-    return Strides(*(np.int64(s // array.itemsize) for s in array.strides))
+    return Strides(*[np.int64(s // array.itemsize) for s in array.strides])
 
 
 def covers(g: "ConvGeometry", x: Array) -> bool:
