@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from deformable import _cuda
 from tests.simt import build, nvrtc, report
 from tests.simt.module import RawModule
 
@@ -148,6 +149,19 @@ def test_every_ptx_wrapper_compiles_for_every_gpu():
     assert all(set(kernels) == {"k", "sum"} for kernels in found.values())
     # one instruction where sm_80 adds four floats one by one
     assert found[90]["sum"].instructions < found[80]["sum"].instructions
+
+
+@needs_nvrtc
+def test_report_has_a_row_per_kernel_and_tells_what_does_not_compile():
+    good, stale = ("-DDTYPE=float", "-DINDEX=int", "-DVEC=4"), ("-DDTYPE=nothing",)
+    broken = []
+    rows = list(report.rows([("conv.cu", good), ("conv.cu", stale)], broken))
+    kernels = [kernel for _, kernel, _, _ in rows]
+    assert sorted(kernels) == sorted(RawModule(code=_cuda.source("conv.cu")).entries)
+    text = "\n".join(report.table(rows))
+    assert all(f"sm_{name}" in text for name in nvrtc.architectures())
+    assert all(kernel in text for kernel in kernels)
+    assert len(broken) == 1 and broken[0].startswith("conv.cu -DDTYPE=nothing: sm_")
 
 
 # ---- every variant that the tests of this session have launched: runs last, see conftest.py

@@ -28,8 +28,12 @@ def _remembered():
     return []
 
 
-def rows(variants):
-    """(file, kernel, options, {architecture: resources}) of each kernel of each variant."""
+def rows(variants, broken):
+    """(file, kernel, options, {architecture: resources}) of each kernel of each variant.
+
+    To ``broken`` goes a line for each variant that does not compile: it is an error, or the tests
+    no longer launch it since the file has changed.
+    """
     from deformable import _cuda
 
     background = nvrtc.Background()
@@ -37,7 +41,11 @@ def rows(variants):
     for file, options in variants:
         background.submit(sources[file], tuple(options))
     for file, options in variants:
-        on = background.wait(sources[file], tuple(options))
+        try:
+            on = background.wait(sources[file], tuple(options))
+        except nvrtc.CompileError as error:
+            broken.append(f"{file} {' '.join(options)}: {str(error).partition(chr(10))[0]}")
+            continue
         for kernel in on[nvrtc.architectures()[0]]:
             yield file, kernel, options, {name: found[kernel] for name, found in on.items()}
     background.close()
@@ -71,9 +79,11 @@ def main():
     variants = _remembered()
     if not nvrtc.available() or not variants:
         sys.exit("needs NVRTC, and variants: run the tests first")
-    found = list(rows(variants))
-    print("\n".join(table(found)))
-    sys.exit("\n".join(["", *problems(found)]) if problems(found) else 0)
+    wrong = []
+    found = list(rows(variants, wrong))
+    wrong += problems(found)
+    print("\n".join(table(found)), flush=True)
+    sys.exit("\n".join(["", *wrong]) if wrong else 0)
 
 
 if __name__ == "__main__":
