@@ -228,8 +228,8 @@ class DeformRoIPool(_DeformPool):
     modulated : bool
         Also predict a factor per bin (DCNv2), the sigmoid of a map: 1/2 at the start.
     offset_lr_mult : float
-        Learning rate of the predicting layer relative to the rest: 0.01 in the paper. Optimizers
-        like Adam, whose steps do not depend on the gradient's size, rather want 0.1.
+        Learning rate of the predicting layer relative to the rest: 0.01 in the paper, for SGD.
+        With Adam, whose steps do not depend on the gradient's size, begin with 0.1.
     max_offset : float, optional
         Bounds every offset smoothly: ``max_offset * tanh(predicted / max_offset)``, before gamma.
     dtype : dtype
