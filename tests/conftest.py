@@ -28,7 +28,7 @@ if not HAVE_GPU:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=400, help="random calls of every operator")
+    parser.addoption("--fuzz", type=int, help="random calls of every operator, in all dtypes")
 
 
 ORDERS = ["cupy"] if HAVE_GPU else ["cupy", "cupy-reversed"]

@@ -289,12 +289,15 @@ def results_of(operator, arguments):
 # ---- hostile calls
 
 
-def make(operator, xp, rng):
-    """A call on arrays of ``xp``, with ``grad_y`` and ``wrt`` for the backward."""
+def make(operator, xp, rng, dtypes=STORAGE):
+    """A call on arrays of ``xp``, with ``grad_y`` and ``wrt`` for the backward.
+
+    The fewer ``dtypes``, the fewer kernels there are to compile.
+    """
     arrays, numbers = operator.draw(rng)
     arrays["grad_y"] = rng.normal(size=operator.forward(**arrays, **numbers).shape)
-    storage = STORAGE[rng.integers(len(STORAGE))]
-    beside = beside_of(storage)
+    storage = dtypes[rng.integers(len(dtypes))]
+    beside = beside_of(storage) if dtypes is STORAGE else (storage,)
     values = {
         name: a.astype(storage if name in operator.storage else beside[rng.integers(len(beside))])
         for name, a in arrays.items()
@@ -434,9 +437,9 @@ def choose_array(call, xp, rng):
 # ---- what has to come
 
 
-def check(operator, xp, number):
+def check(operator, xp, number, dtypes=STORAGE):
     """Make call ``number`` and check its results."""
-    call = make(operator, xp, np.random.default_rng(number))
+    call = make(operator, xp, np.random.default_rng(number), dtypes)
     before = {name: host(xp, memory).tobytes() for name, memory in call.memory.items()}
     alone = {k: v for k, v in call.arguments.items() if k not in ("grad_y", "wrt")}
     refused = xp is np and call.spoilt not in ("x", "rois") and operator.refuses(alone)
