@@ -16,8 +16,8 @@ import argparse
 from pathlib import Path
 from types import ModuleType
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_image
 from tqdm import tqdm
 
@@ -73,10 +73,9 @@ def register(image, warped, steps: int, xp: ModuleType):
 
 def draw(image, warped, offset, flow, losses, path: Path) -> None:
     """Both images, what differs before and after, the offsets, their error, and the loss."""
-    import matplotlib.pyplot as plt
-
     found = deform_conv2d(image, offset, np.ones((1, 1, 1, 1), np.float32))
-    figure, axes = plt.subplots(2, 4, figsize=(12, 6.2), layout="constrained")
+    figure = Figure(figsize=(12, 6.2), layout="constrained")
+    axes = figure.subplots(2, 4)
     pictures = {
         "photograph": (image, "gray"),
         "warped copy": (warped, "gray"),
@@ -100,7 +99,6 @@ def draw(image, warped, offset, flow, losses, path: Path) -> None:
         if axis is not axes[1, 2]:
             axis.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -123,7 +121,6 @@ def main(argv: list[str] | None = None) -> None:
         import cupy as xp
     else:
         xp = np
-    matplotlib.use("Agg")
 
     image, flow = photograph(), smooth_flow(np.random.default_rng(args.seed))
     warped = deform_conv2d(image, flow, np.ones((1, 1, 1, 1), np.float32))
