@@ -1,8 +1,8 @@
-"""Convolutions without a column buffer: columns are made in registers and multiplied there.
+"""Convolutions forward without a column buffer: columns are made in registers, and used up there.
 
-The kernels are in ``cuda/fused_conv.cu``, where it is said how they work. Here is decided how a
-convolution is cut into pieces for them: which samples share a step, how large tiles are, and
-whether the sums are split so that all of the GPU has something to do.
+The kernels, ``cuda/fused_conv.cu`` on tensor cores and ``cuda/fused_depthwise.cu`` for one channel
+per group, say how they work. Here a convolution is cut into pieces for them: which samples share a
+step, how large tiles are, and whether sums are split so that all of the GPU has something to do.
 """
 
 import functools
@@ -12,20 +12,34 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from deformable import _cuda
-from deformable._array import INT32_MAX, Array, array_module, channels_last
+from deformable._array import INT32_MAX, Array, array_module, channels_last, compute_dtype
 
 if TYPE_CHECKING:
     from deformable.conv import ConvGeometry
 
-TENSOR_CORES = 80  # compute capability from which on mma has bfloat16 and TF32, and cp.async exists
-STEP_BYTES = 64  # of channels of a sample that are multiplied at once
-STAGES = 3  # steps of which the weights are in shared memory
-LEAST_STEPS = 8  # of a block, where the sums are split
+TENSOR_CORES = 80  # the compute capability from which on they know bfloat16 and TF32
+GRID_MAX = 65535  # blocks along the second and third axis of a grid
+UNIT_BYTES = 16  # of channels that a lane loads at once
+STEP_UNITS = 4  # of a position that are multiplied at once, one by each lane of a quad
+STAGES = 3  # steps whose weights are in shared memory
 WIDTHS = (32, 64, 128)  # output channels of a tile
+WARPS = 8  # of a multiprocessor, which the registers suffice for
+LEAST_STEPS = 8  # of a block where sums are split
+LEAST_PLANNED = 4  # slots planned at once, for which fewer blocks share a multiprocessor
+DEPTHWISE_PLAN = 32 << 10  # bytes of shared memory
+
+
+class Strides(NamedTuple):
+    """Steps of four axes in elements; kernels get it by value as the struct of the same fields."""
+
+    axis0: np.int64
+    axis1: np.int64
+    axis2: np.int64
+    axis3: np.int64
 
 
 class Layout(NamedTuple):
-    """How the product is walked through; kernels get it by value as the struct of that name."""
+    """How the product is walked through; the struct of that name explains the fields."""
 
     depth: int
     outs: int
@@ -48,15 +62,15 @@ class Layout(NamedTuple):
 class Variant(NamedTuple):
     """A compiled kernel and how it is launched."""
 
-    terms: int
     tile_n: int
     warps: int
-    blocks: int
-    parts: int
-    shared: int
+    grid: tuple[int, int, int]
+    stage: int  # units of weights in a step
+    shared: int  # bytes
     layout: Layout
 
 
+<<<<<<< Updated upstream
 class Strides(NamedTuple):
     """Steps of four axes in elements, as the struct of that name."""
 
@@ -72,65 +86,21 @@ def _strides(array: Array | None) -> Strides:
     return Strides(*[np.int64(s // array.itemsize) for s in array.strides])
 
 
+=======
+>>>>>>> Stashed changes
 def covers(g: "ConvGeometry", x: Array) -> bool:
     """Whether these kernels compute this convolution on the device of ``x``."""
     rows = g.batch * g.height * g.width * (g.channels // _run(g))
+    if max(rows, g.batch * g.positions) > INT32_MAX - 128:  # they count by int, up to a tile's end
+        return False
+    if _is_depthwise(g):
+        blocks = max(g.offset_groups, g.out_channels // g.channels)
+        return blocks <= GRID_MAX and g.taps * _plan_bytes(4, x.dtype) <= DEPTHWISE_PLAN
     return (
         x.dtype != np.float64
         and int(x.device.compute_capability) >= TENSOR_CORES
-        and max(rows, g.batch * g.positions) <= INT32_MAX
+        and g.out_channels <= GRID_MAX
     )
-
-
-def _run(g: "ConvGeometry") -> int:
-    """Consecutive channels that share their samples and lie in one group of weights."""
-    return math.gcd(g.channels // g.groups, g.channels // g.offset_groups)
-
-
-@functools.lru_cache(maxsize=1024)
-def variant(
-    g: "ConvGeometry", itemsize: int, terms: int, corners: int, processors: int, shared: int
-) -> Variant:
-    """How to compute a convolution on a GPU of so many processors with so much shared memory."""
-    depth, outs, run = g.channels // g.groups, g.out_channels // g.groups, _run(g)
-    unit = 16 // itemsize
-    lanes = min(4, 1 << (-(-run // unit) - 1).bit_length())
-    chunks = -(-run // (unit * lanes))
-    slots = -(-(depth // run * g.taps) // (4 // lanes))
-
-    widest = 64 if terms == 3 else 128
-    tiles = -(-outs // widest)
-    tile_n = next(width for width in WIDTHS if width * tiles >= outs)
-    positions = g.batch * g.positions
-    blocks_of = lambda warps: -(-positions // (32 * warps)) * g.groups * tiles  # noqa: E731
-    warps = 4 if blocks_of(4) >= 2 * processors else 2
-
-    stage = tile_n * STEP_BYTES * (2 if terms == 3 else 1)
-    per_slot = 4 // lanes * 32 * warps * (32 if corners == 4 else 4)
-    resident = 8 // warps
-    room = shared // resident - (1 << 10) - STAGES * stage - 12 * 32 * warps
-    planned = max(1, min(32, slots, room // per_slot))
-
-    steps = chunks * slots
-    parts = max(1, min(steps // LEAST_STEPS, resident * processors // max(1, blocks_of(warps))))
-    split = -(-steps // parts)
-    return Variant(
-        terms=terms, tile_n=tile_n, warps=warps, blocks=resident,
-        parts=-(-steps // split), shared=STAGES * stage + planned * per_slot,
-        layout=Layout(
-            depth=depth, outs=outs, run=run, run_bytes=run * itemsize, runs=depth // run, rows=g.channels // run,
-            rows_shared=g.channels // g.offset_groups // run, samples=4 // lanes, lane_bits=lanes.bit_length() - 1, step_bytes=16 * lanes, chunks=chunks,
-            slots=slots, planned=planned, steps=steps, split=split, tiles=tiles,
-        ),
-    )  # fmt: skip
-
-
-@functools.cache
-def _device(number: int) -> tuple[int, int]:
-    from cupy.cuda import Device
-
-    attributes = Device(number).attributes
-    return attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerMultiprocessor"]
 
 
 def convolve(
@@ -143,42 +113,153 @@ def convolve(
 ) -> Array:
     """The output rows (N · Ho · Wo, O): of a deformable convolution if there is an ``offset``."""
     xp, dtype = array_module(x), x.dtype
-    terms = 3 if dtype == np.float32 and not _cuda.allows_tf32() else 1
-    corners = 1 if offset is None else 4
-    v = variant(g, dtype.itemsize, terms, corners, *_device(x.device.id))
-    image = channels_last(x, dtype)
-    if bias is not None:
-        bias = xp.ascontiguousarray(bias)
-    positions = g.batch * g.positions
-    y = xp.empty((positions, g.out_channels), dtype)
-    split = v.parts > 1
-    sums = xp.empty((v.parts, *y.shape), np.float32) if split else y
-    tiles = g.groups * v.layout.tiles
-    units = tiles * v.layout.steps * v.tile_n * (STEP_BYTES // 16) * (2 if terms == 3 else 1)
-    # kernels read on while they multiply the last steps: into what follows, of no use to them
-    ahead = (STAGES - 1) * units // (tiles * v.layout.steps)
-    packed = xp.empty((units + ahead) * 4, np.uint32)
-    samples = xp.empty(g.groups * v.layout.slots * v.layout.samples * 4, np.int32)
+    run = _depthwise if _is_depthwise(g) else _product
+    bias = None if bias is None else xp.ascontiguousarray(bias)
+    y = xp.empty((g.batch * g.positions, g.out_channels), dtype)
     macros = {
-        "DTYPE": dtype, "INDEX": "int", "TERMS": terms, "TILE_N": v.tile_n, "WARPS": v.warps,
-        "CORNERS": corners, "VEC": _cuda.vector_width(v.layout.run, image),
+        "DTYPE": dtype,
+        "INDEX": "int",
+        "CORNERS": 1 if offset is None else 4,
         "OFFSET": dtype if offset is None else offset.dtype,
         "MASK": dtype if mask is None else mask.dtype,
+    }
+    run(g, channels_last(x, dtype), weight, bias, offset, mask, y, macros)
+    return y
+
+
+def _run(g: "ConvGeometry") -> int:
+    """Consecutive channels that share their samples and lie in one group of weights."""
+    return math.gcd(g.channels // g.groups, g.channels // g.offset_groups)
+
+
+def _is_depthwise(g: "ConvGeometry") -> bool:
+    return g.groups == g.channels > 1
+
+
+def _plan_bytes(corners: int, dtype: np.dtype) -> int:
+    """Of a sample: the pixel and the weight of every corner, aligned to the weights."""
+    weight = compute_dtype(dtype).itemsize
+    return -(-corners * (4 + weight) // weight) * weight
+
+
+def _strides(array: Array | None) -> Strides:
+    steps = (0,) * 4 if array is None else (s // array.itemsize for s in array.strides)
+    return Strides(*map(np.int64, steps))
+
+
+# ---- on tensor cores
+
+
+@functools.cache
+def _resources(device: int) -> tuple[int, int]:
+    """Multiprocessors of a device, and bytes of shared memory of each."""
+    from cupy.cuda import Device
+
+    attributes = Device(device).attributes
+    return attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerMultiprocessor"]
+
+
+@functools.lru_cache(maxsize=1024)
+def variant(
+    g: "ConvGeometry", itemsize: int, terms: int, corners: int, processors: int, shared: int
+) -> Variant:
+    """How to compute a convolution on a GPU of so many processors, of so much shared memory each.
+
+    ``terms`` is 3 for float32 as three products of TF32, else 1.
+    """
+    depth, outs, run = g.channels // g.groups, g.out_channels // g.groups, _run(g)
+    unit = UNIT_BYTES // itemsize
+    lanes = next(n for n in (1, 2, 4) if n * unit >= run or n == STEP_UNITS)
+    samples = STEP_UNITS // lanes
+    chunks = -(-run // (unit * lanes))
+    slots = -(-(depth // run * g.taps) // samples)
+    steps = chunks * slots
+
+    # wide tiles gather least; three terms need the registers for their own sums
+    tiles = -(-outs // (WIDTHS[-1] if terms == 1 else WIDTHS[-2]))
+    tile_n = next(width for width in WIDTHS if width * tiles >= outs)
+    stage = tile_n * STEP_UNITS * (2 if terms == 3 else 1)
+
+    def blocks(warps):
+        return -(-g.batch * g.positions // (32 * warps)) * g.groups * tiles
+
+    warps = 4 if blocks(4) * 4 >= WARPS * processors else 2
+    resident = WARPS // warps * processors
+    parts = max(1, min(steps // LEAST_STEPS, resident // max(1, blocks(warps))))
+    split = -(-steps // parts)
+
+    positions = 32 * warps
+    ring = STAGES * stage * UNIT_BYTES
+    slot = samples * positions * corners * (4 if corners == 1 else 8)
+    for blocks_at_once in range(WARPS // warps, 0, -1):
+        room = shared // blocks_at_once - (1 << 10) - positions * 12 - ring
+        if room >= slot * min(slots, LEAST_PLANNED):
+            break
+    planned = max(1, min(slots, 32, room // slot))
+    return Variant(
+        tile_n=tile_n,
+        warps=warps,
+        grid=(-(-g.batch * g.positions // positions), g.groups * tiles, -(-steps // split)),
+        stage=stage,
+        shared=ring + planned * slot,
+        layout=Layout(
+            depth=depth, outs=outs, run=run, run_bytes=run * itemsize, runs=depth // run,
+            rows=g.channels // run, rows_shared=g.channels // g.offset_groups // run,
+            samples=samples, lane_bits=lanes.bit_length() - 1, step_bytes=lanes * UNIT_BYTES,
+            chunks=chunks, slots=slots, planned=planned, steps=steps, split=split, tiles=tiles,
+        ),
+    )  # fmt: skip
+
+
+def _product(g, image, weight, bias, offset, mask, y, macros):
+    xp, dtype = array_module(image), image.dtype
+    terms = 3 if dtype == np.float32 and not _cuda.allows_tf32() else 1
+    v = variant(g, dtype.itemsize, terms, macros["CORNERS"], *_resources(image.device.id))
+    l, parts = v.layout, v.grid[2]  # noqa: E741
+    sums = y if parts == 1 else xp.empty((parts, *y.shape), np.float32)
+    units = v.grid[1] * l.steps * v.stage
+    # steps ahead of the last one are fetched too, though never used
+    packed = xp.empty((units + (STAGES - 1) * v.stage, UNIT_BYTES // 4), np.uint32)
+    samples = xp.empty((g.groups * l.slots * l.samples, 4), np.int32)
+    macros = macros | {
+        "TERMS": terms,
+        "TILE_N": v.tile_n,
+        "WARPS": v.warps,
+        "VEC": _cuda.vector_width(l.run, image),
         "OUT": sums.dtype,
-    }  # fmt: skip
+    }
     _cuda.launch(
         "fused_conv.cu", "pack_weights", (-(-units // 256),), (256,),
-        weight, _strides(weight), packed, samples, g, v.layout, units, **macros,
+        weight, _strides(weight), packed, samples, g, l, units,
+        **macros,
     )  # fmt: skip
     _cuda.launch(
-        "fused_conv.cu", "fused_conv",
-        (-(-positions // (32 * v.warps)), tiles, v.parts), (32 * v.warps,),
-        image, offset, mask, packed, samples, None if split else bias, sums,
-        g, v.layout, _strides(offset), _strides(mask), shared=v.shared, **macros,
+        "fused_conv.cu", "fused_conv", v.grid, (32 * v.warps,),
+        image, offset, mask, packed, samples, bias if parts == 1 else None, sums,
+        g, l, _strides(offset), _strides(mask),
+        shared=v.shared, **macros,
     )  # fmt: skip
-    if split:
+    if parts > 1:
         _cuda.launch(
             "fused_conv.cu", "add_parts", (-(-y.size // 256),), (256,),
-            sums, bias, y, y.size, g.out_channels, v.parts, **macros,
+            sums, bias, y, y.size, g.out_channels, parts,
+            **macros,
         )  # fmt: skip
-    return y
+
+
+# ---- one channel per group
+
+
+def _depthwise(g, image, weight, bias, offset, mask, y, macros):
+    outs, depth = g.out_channels // g.channels, g.channels // g.offset_groups
+    by_tap = weight.reshape(g.channels, outs, g.taps).transpose(1, 2, 0)
+    by_tap = array_module(image).ascontiguousarray(by_tap)
+    sample = _plan_bytes(macros["CORNERS"], image.dtype)
+    tile = max(1, min(64, DEPTHWISE_PLAN // (g.taps * sample)))
+    vec = _cuda.vector_width(depth, image)
+    _cuda.launch(
+        "fused_depthwise.cu", "depthwise",
+        (-(-len(y) // tile), outs, g.offset_groups), _cuda.row_block(depth // vec),
+        image, offset, mask, by_tap, bias, y, g, _strides(offset), _strides(mask),
+        shared=tile * g.taps * sample, VEC=vec, TILE_M=tile, **macros,
+    )  # fmt: skip

@@ -362,6 +362,49 @@ def test_tf32_rounds_to_nearest_ties_away_and_mma_ignores_the_lower_bits():
     assert (d.get() == 4).all()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_mma_truncates_its_sums(sign):
+    """1 + 8 / 10 of the last bit of 1, as eight equal products."""
+    d = cupy.asarray(np.full(32, sign, "f4"))
+    body = """
+    float d[4] = {D[threadIdx.x]};
+    const u32 a[4] = {x, x, x, x}, b[2] = {one, one};
+    mma_m16n8k8_tf32(d, a, b);
+    D[threadIdx.x] = d[0];
+    """
+    tenth = np.float32(sign * 0.1 * 2.0**-23).view("u4")
+    run("u32 x, u32 one, float* D", body, tenth, np.float32(1).view("u4"), d)
+    assert (d.get() == sign).all()
+
+
+def test_split_tf32_loses_nothing():
+    x = (RNG.normal(size=32) * 10.0 ** RNG.integers(-30, 30, 32)).astype("f4")
+    high, low = cupy.empty(32, "f4"), cupy.empty(32, "f4")
+    body = """
+    u32 h, l;
+    split_tf32(__float_as_uint(x[threadIdx.x]), h, l);
+    high[threadIdx.x] = __uint_as_float(h), low[threadIdx.x] = __uint_as_float(l);
+    """
+    run("const float* x, float* high, float* low", body, cupy.asarray(x), high, low)
+    assert (high.get() + low.get() == x).all()
+    assert not (high.get().view("u4") & 0x1FFF).any()
+    assert (abs(low.get()) < abs(x) * 2.0**-10).all()
+
+
+def test_advance_multiplies_in_64_bits():
+    body = "*y = advance(nullptr, count, stride) - (const char*)nullptr;"
+    y = cupy.empty(1, "i8")
+    run(
+        "u32 count, u32 stride, long long* y",
+        body,
+        np.uint32(3 << 30),
+        np.uint32(40),
+        y,
+        block=(1,),
+    )
+    assert int(y[0]) == 40 * (3 << 30)
+
+
 @pytest.mark.parametrize("matrices", [2, 4])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ldmatrix_hands_out_matrices_of_8_by_8(matrices, transposed):

@@ -24,6 +24,13 @@ struct SimtBf16 {
   }
 };
 
+// Tensor cores add the products and C as if exactly, and drop what does not fit into a float.
+SIMT_RAW inline float simt_truncate(double sum) {
+  const float nearest = float(sum);
+  const bool rounded_away = fabs(double(nearest)) > fabs(sum) && isfinite(nearest);
+  return rounded_away ? simt_bits<float>(simt_bits<u32>(nearest) - 1) : nearest;
+}
+
 template <class TYPE, int K>
 struct SimtMma {
   struct Fragments {
@@ -48,9 +55,9 @@ struct SimtMma {
       auto& c = static_cast<const Fragments*>(in[lane])->c;
       for (int r = 0; r < 4; ++r) {
         const int row = lane / 4 + 8 * (r / 2), column = lane % 4 * 2 + r % 2;
-        float sum = c[r];
-        for (int k = 0; k < K; ++k) sum += A[row][k] * B[k][column];
-        static_cast<float*>(out[lane])[r] = sum;
+        double sum = c[r];
+        for (int k = 0; k < K; ++k) sum += double(A[row][k]) * B[k][column];
+        static_cast<float*>(out[lane])[r] = simt_truncate(sum);
       }
     }
   }
