@@ -70,24 +70,6 @@ class Variant(NamedTuple):
     layout: Layout
 
 
-<<<<<<< Updated upstream
-class Strides(NamedTuple):
-    """Steps of four axes in elements, as the struct of that name."""
-
-    axis0: np.int64
-    axis1: np.int64
-    axis2: np.int64
-    axis3: np.int64
-
-
-def _strides(array: Array | None) -> Strides:
-    if array is None:
-        return Strides(*[np.int64(0)] * 4)
-    return Strides(*[np.int64(s // array.itemsize) for s in array.strides])
-
-
-=======
->>>>>>> Stashed changes
 def covers(g: "ConvGeometry", x: Array) -> bool:
     """Whether these kernels compute this convolution on the device of ``x``."""
     rows = g.batch * g.height * g.width * (g.channels // _run(g))
