@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(256, 4)
 
 // A thread row computes the four products <corner pixel, gradient of the sample> of one sample,
 // its lanes reduced in a fixed order, and from these the gradients of its offset and mask.
-extern "C" __global__ void __launch_bounds__(256, 4)
+extern "C" __global__ void __launch_bounds__(256, 3)
     offset_gradient(const T* __restrict__ image, const A* __restrict__ offset,
                     const A* __restrict__ mask, const T* __restrict__ grad_columns,
                     A* __restrict__ grad_offset, A* __restrict__ grad_mask, const ConvGeometry g,
@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(256, 4)
 
 // A thread row gathers the gradient of one pixel from the samples of the four cells around it and
 // adds it to grad_image (images, H, W, C). `starts` says where in `keys` a cell begins.
-extern "C" __global__ void __launch_bounds__(256, 4)
+extern "C" __global__ void __launch_bounds__(256, 3)
     image_gradient(const T* __restrict__ grad_columns, const int64* __restrict__ keys,
                    const int64* __restrict__ starts, const A* __restrict__ weights,
                    A* __restrict__ grad_image, const ConvGeometry g, const int64 images,

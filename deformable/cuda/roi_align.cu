@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 
 // A block gathers the gradient of a tile of pixels, a thread that of COLUMNS of them. The weights of
 // BATCH bins are computed together; per bin and row of pixels a channel is read once.
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, 1)
     average_gradient(const T* __restrict__ grad_y, const Run* __restrict__ runs_y,
                      const Run* __restrict__ runs_x, const int64* __restrict__ keys,
                      const int64* __restrict__ starts, T* __restrict__ grad_image,
