@@ -38,8 +38,8 @@ COMPARISONS = {
 }
 # functions of the library that an eager call on cupy arrays enters: forward, forward + backward
 ENTERED = {
-    "deform_conv2d": (75, 215),
-    "conv2d": (75, 180),
+    "deform_conv2d": (85, 225),
+    "conv2d": (80, 185),
     "roi_align": (100, 200),
     "roi_pool": (100, 240),
     "ps_roi_pool": (100, 200),
