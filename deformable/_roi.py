@@ -477,6 +477,9 @@ class Pattern(NamedTuple):
         if scale is not None:
             line *= scale.astype(line.dtype)[self.row]
         data = np.repeat(line, self.length) * getattr(self.x, x)[self.entry]
+        if scale is not None and not np.isfinite(scale).all():
+            seen = np.repeat(getattr(self.y, y)[self.line], self.length)
+            data[(seen == 0) | (getattr(self.x, x)[self.entry] == 0)] = 0  # and not 0 · inf
         shape = (len(self.start) - 1, self.width)
         matrix = csr_array((data, self.column, self.start), shape=shape)
         if not data.all():

@@ -341,6 +341,7 @@ def _ps_geometry(
     return g._replace(classes=classes, part_h=part_h, part_w=part_w)
 
 
+@np.errstate(all="ignore")
 def _backward(function, g, rule, grad_y, x, rois, offset, mask, wrt):
     wanted = check_wrt(function, wrt, DeformRoIPoolGradients._fields)
     wanted -= {name for name, array in (("offset", offset), ("mask", mask)) if array is None}
@@ -359,7 +360,6 @@ def _backward(function, g, rule, grad_y, x, rois, offset, mask, wrt):
 # ---- NumPy
 
 
-@np.errstate(all="ignore")
 def _numpy_backward(function, g, rule, grad_y, x, rois, offset, mask, wanted):
     box = boxes(function, g, rule, rois)
     at = make_bins(g, rule, box, offset)

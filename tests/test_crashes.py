@@ -120,13 +120,23 @@ def test_a_nan_in_the_offsets_of_a_roi_stays_there(name, xp):
     assert np.isfinite(host(xp, grads.x)).all()
 
 
-def test_an_infinite_mask_stays_with_the_pixels_of_its_bin(xp):
-    """Pixels that the bin does not see get no 0 · inf."""
-    x, rois = xp.ones((1, 1, 8, 8)), xp.asarray(np.array([[0.0, 0, 0, 2, 2]]))
-    mask = xp.full((1, 1, 1), np.inf)
-    grads = deform_roi_pool_backward(xp.ones((1, 1, 1, 1)), x, rois, None, 1, mask=mask)
-    bad = ~np.isfinite(host(xp, grads.x)[0, 0])
-    assert bad[:2, :2].all() and not bad[3:].any() and not bad[:, 3:].any()
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_infinite_mask_stays_with_the_pixels_of_its_bin(moved, xp):
+    """Pixels that the bin does not see get no 0 · inf, not even those that it may move to."""
+    x, rois = xp.ones((1, 1, 8, 8)), xp.asarray(np.array([[0.0, 2, 2, 3, 3]]))
+    mask, offset = xp.full((1, 1, 1), np.inf), xp.zeros((1, 2, 1, 1)) if moved else None
+    grads = deform_roi_pool_backward(xp.ones((1, 1, 1, 1)), x, rois, offset, 1, mask=mask)
+    seen = np.zeros((8, 8), bool)
+    seen[2, 2] = True
+    assert_array_equal(~np.isfinite(host(xp, grads.x)[0, 0]), seen)
+
+
+def test_a_gradient_that_half_precision_cannot_hold_is_infinite_without_a_warning(xp):
+    x = xp.asarray(np.arange(64, dtype=np.float16).reshape(1, 1, 8, 8))
+    rois = xp.asarray(np.array([[0, 2, 2, 5, 5]], np.float16))
+    grad_y, offset = xp.full((1, 1, 1, 1), 1e4, np.float16), xp.zeros((1, 2, 1, 1), np.float16)
+    grads = deform_roi_pool_backward(grad_y, x, rois, offset, 1, gamma=1.0)
+    assert np.isinf(host(xp, grads.offset)[0, 1])
 
 
 def test_a_roi_as_large_as_numbers_go_takes_no_longer(xp):

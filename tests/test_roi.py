@@ -4,7 +4,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
 import deformable
 from deformable import _roi
@@ -327,6 +327,32 @@ def test_huge_rois_cost_what_the_image_does(name, size, xp):
     assert all(np.isfinite(host(xp, grad)).all() for grad in grads if grad is not None)
 
 
+FAR = [1e30, -1e30, 2.0**31, -(2.0**31), 2.0**63, -1e-30, 1e-300, 3e5, -0.0]
+
+
+@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_make_of_hostile_numbers_what_numpy_does(name, seed, xp):
+    if xp is np:
+        pytest.skip("is what others are compared with")
+    rng = np.random.default_rng(seed)
+    arrays, keywords = random_case(name, rng, k=5)
+    for key, values in ("rois", FAR), ("offset", [*FAR, np.nan, np.inf, -np.inf]):
+        if key in arrays:
+            chosen = rng.random(arrays[key].shape) < 0.15
+            chosen[:, 0] &= key == "offset"
+            arrays[key][chosen] = rng.choice(values, chosen.sum())
+    want = functions(name)[0](**arrays, **keywords)
+    have = host(xp, functions(name)[0](**on(xp, arrays), **keywords))
+    assert_allclose(have, want, rtol=1e-12, atol=1e-13)
+    grad_y = rng.normal(size=want.shape)
+    want = gradients(name, grad_y, arrays, keywords)
+    for key, grad in gradients(name, xp.asarray(grad_y), on(xp, arrays), keywords).items():
+        if grad is not None:
+            size = np.abs(want[key][np.isfinite(want[key])]).max(initial=1)
+            assert_allclose(host(xp, grad), want[key], rtol=1e-12, atol=1e-13 * size)
+
+
 @pytest.mark.parametrize("size", [1e4, 1e9])
 def test_all_samples_of_a_huge_roi_count(size, xp):
     """They lie on the pixels, and one is half a pixel beyond the last: the pixel counts twice."""
@@ -412,6 +438,25 @@ def test_pixels_without_weight_are_not_looked_at(name, xp):
         x[..., 1, :] = x[..., 1] = 1
         arguments = xp.asarray(x), xp.asarray(rois), *offset, 1
     assert abs(host(xp, functions(name)[0](*arguments, **options)).item() - 1) <= 1e-15
+
+
+@pytest.mark.parametrize("name", DEFORMABLE)
+def test_gradients_leave_pixels_without_weight_alone(name, xp):
+    """A sample on a pixel: its neighbours have slopes, but no weight."""
+    x = np.full((1, 1, 5, 5), np.inf)
+    x[..., 2, 2] = 3
+    rois, offset = np.array([[0, 0.5, 0.5, 2.5, 2.5]]), np.full((1, 2, 1, 1), 1.0)
+    if name == "deform_ps_roi_pool":
+        rois, offset = np.array([[0.0, 1, 1, 2, 2]]), np.full((1, 2, 1, 1), 1.5)
+    arrays = {"x": x, "rois": rois, "offset": offset, "mask": np.ones((1, 1, 1))}
+    keywords = {"output_size": 1, "sampling_ratio": 1, "gamma": 0.5}
+    grads = gradients(name, xp.full((1, 1, 1, 1), 2.0), on(xp, arrays), keywords)
+    assert host(xp, grads["mask"]).item() == 6
+    assert not np.isfinite(host(xp, grads["offset"])).any()
+    grads = gradients(name, xp.full((1, 1, 1, 1), np.inf), on(xp, arrays), keywords)
+    seen = np.zeros(x.shape)
+    seen[..., 2, 2] = np.inf
+    assert_array_equal(host(xp, grads["x"]), seen)
 
 
 # ---- arguments

@@ -49,6 +49,19 @@ def test_positions_in_half_precision_do_not_lose_bits(xp):
     assert host(xp, y).ravel().tolist() == [63.3125, 63.4375]
 
 
+@pytest.mark.parametrize("sampling_ratio", [1, 2, 5])
+@pytest.mark.parametrize("bins", [3, 5])
+def test_samples_on_the_border_count_where_the_definition_computes_them(bins, sampling_ratio, xp):
+    """Thirds and fifths of whole numbers that add up to −1 or to the size of the image."""
+    x = np.random.default_rng(3).normal(size=(1, 1, 5, 7))
+    first, size = (a.ravel() for a in np.mgrid[-4:8, 1:15])
+    rois = np.stack([np.zeros_like(first), first, first, first + size, first + size], 1) * 1.0
+    arguments = {"output_size": (bins,) * 2, "sampling_ratio": (sampling_ratio,) * 2}
+    y = roi_align(xp.asarray(x), xp.asarray(rois), **arguments, aligned=True)
+    want = reference.pool("roi_align", x, rois, **arguments, aligned=True)
+    assert np.abs(host(xp, y) - want).max() <= 1e-13
+
+
 # ---- the maximum
 
 
