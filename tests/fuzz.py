@@ -567,7 +567,7 @@ def plain(operator, xp, arguments):
     sums = compute_dtype(arguments["x"].dtype)  # what 1e300 is infinite in
     exact = {}
     for name, value in arguments.items():
-        if isinstance(legal.get(name), tuple):
+        if value is not None and isinstance(legal.get(name), tuple):
             exact[name] = tuple(map(int, value if np.ndim(value) else (value, value)))
         elif isinstance(value, xp.ndarray):
             kept = value.dtype if name in operator.positions else sums

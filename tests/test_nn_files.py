@@ -1,6 +1,15 @@
 """Networks in files: complete or absent, and never a surprise on reading."""
 
+import io
 import os
+import signal
+import subprocess
+import sys
+import tracemalloc
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,5 +149,150 @@ def test_an_optimizer_that_is_missing_or_does_not_fit_changes_nothing(tmp_path):
 def test_pickled_objects_are_refused(tmp_path):
     state = network().state() | {"0.bias": np.array([{"code": "anything"}] * 4, object)}
     np.savez(tmp_path / "net.npz", **state)
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    with pytest.raises(ValueError, match=r"load: 0\.bias has dtype object, expected float32"):
         nn.load(tmp_path / "net.npz", network())
+
+
+def write_members(path, members, compression=zipfile.ZIP_DEFLATED):
+    """A zip archive of (name, bytes) as they are."""
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", compression) as archive:
+        warnings.simplefilter("ignore")  # of names that are there twice
+        for name, content in members:
+            archive.writestr(name, content)
+
+
+def as_npy(array):
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array)
+    return file.getvalue()
+
+
+def members_of(layer, **changes):
+    arrays = {name: as_npy(array) for name, array in layer.state().items()} | changes
+    return [(f"{name}.npy", content) for name, content in arrays.items()]
+
+
+def declares(shape, dtype="<f4"):
+    """The head of a .npy file of this shape."""
+    file = io.BytesIO()
+    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()
+
+
+HOSTILE = {
+    "no zip": (b"nothing of the kind", "is no complete archive"),
+    "empty file": (b"", "is no complete archive"),
+    "no array": ({"weight": b"nothing of the kind"}, "is no complete archive"),
+    "cut array": ({"weight": as_npy(np.zeros((2, 4), np.float32))[:-4]}, "is no complete archive"),
+    "code for a header": (
+        {"weight": b"\x93NUMPY\x01\x00" + b"\x10\x00" + b"__import__('os')"},
+        "is no complete archive",
+    ),
+    "later format": ({"weight": b"\x93NUMPY\x09\x00"}, "is no complete archive"),
+    "byte order": (
+        {"weight": as_npy(np.zeros((2, 4), ">f4"))},
+        r"weight has dtype >f4, expected float32",
+    ),
+    "declared huge": (
+        {"weight": declares((2**40, 4))},
+        r"weight has shape \(1099511627776, 4\), expected \(2, 4\)",
+    ),
+    "negative": ({"weight": declares((-1, 4))}, r"weight has shape \(-1, 4\), expected"),
+    "path out of here": ({"../../evil": as_npy(np.zeros(1))}, r"unknown names \['../../evil'\]"),
+    "root": ({"/etc/evil": as_npy(np.zeros(1))}, r"unknown names \['/etc/evil'\]"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_file_is_refused_and_changes_nothing(case, tmp_path):
+    content, message = HOSTILE[case]
+    layer = nn.Linear(4, 2)
+    path, before = tmp_path / "net.npz", layer.state()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        write_members(path, members_of(layer, **content))
+    with pytest.raises(ValueError, match=f"^load: .*{message}"):
+        nn.load(path, layer)
+    assert all(layer.state()[name] is array for name, array in before.items())
+    assert [file.name for file in tmp_path.iterdir()] == ["net.npz"]
+
+
+def test_two_arrays_of_one_name_are_refused(tmp_path):
+    layer = nn.Linear(4, 2)
+    write_members(tmp_path / "net.npz", 2 * members_of(layer))
+    with pytest.raises(ValueError, match=r"load: .* has two arrays of one name"):
+        nn.load(tmp_path / "net.npz", layer)
+
+
+def test_a_cut_or_changed_file_is_refused(tmp_path):
+    layer, path = nn.Linear(40, 20, rng=np.random.default_rng(0)), tmp_path / "net.npz"
+    nn.save(path, layer)
+    content = path.read_bytes()
+    for wrong in (content[:-30], content[: len(content) // 2], content.replace(b"\x3c", b"\x3d")):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match=r"^load: "):
+            nn.load(path, nn.Linear(40, 20))
+
+
+@pytest.mark.parametrize("name", ["weight", "other"])
+def test_a_zip_bomb_is_not_unpacked(name, tmp_path):
+    """64 MiB of zeros in 64 KiB: behind an array that is declared as it should be, or unknown."""
+    layer = nn.Linear(4, 2)
+    bomb = as_npy(np.zeros((2, 4), np.float32)) + bytes(64 << 20)
+    write_members(tmp_path / "net.npz", members_of(layer, **{name: bomb}))
+    tracemalloc.start()
+    try:
+        if name == "weight":
+            nn.load(tmp_path / "net.npz", layer)
+        else:
+            with pytest.raises(ValueError, match="unknown names"):
+                nn.load(tmp_path / "net.npz", layer)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from deformable import nn
+
+def half(file, **arrays):
+    file.write(b"half of it")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+np.savez = half
+nn.save(sys.argv[1], nn.Linear(4, 2))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
+def test_a_process_that_is_killed_while_writing_leaves_the_file_from_before(tmp_path):
+    path, layer, other = tmp_path / "net.npz", nn.Linear(4, 2), nn.Linear(4, 2)
+    nn.save(path, layer)
+    root = str(Path(__file__).parents[1])
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, str(path)], env=os.environ | {"PYTHONPATH": root}
+    )
+    assert process.returncode == -signal.SIGKILL
+    nn.load(path, other)
+    assert_equal_states(np, other.state(), layer.state())
+
+
+def test_threads_that_write_one_file_leave_one_of_theirs(tmp_path):
+    path = tmp_path / "net.npz"
+    layers = [nn.Linear(64, 64, rng=np.random.default_rng(i)) for i in range(8)]
+    read = nn.Linear(64, 64)
+
+    def write(layer):
+        for _ in range(5):
+            nn.save(path, layer)
+
+    with ThreadPoolExecutor(len(layers)) as pool:
+        list(pool.map(write, layers))
+    nn.load(path, read)
+    assert any((read.weight.data == layer.weight.data).all() for layer in layers)
+    assert [file.name for file in tmp_path.iterdir()] == ["net.npz"]

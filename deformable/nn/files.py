@@ -1,15 +1,19 @@
 """Networks and training in files: ``.npz``, without pickle."""
 
 import os
+import uuid
+import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from deformable.nn.layer import Buffer, Layer, load_buffers, to_host
+from deformable.nn.layer import Buffer, Layer, check_state, load_buffers, to_host
 from deformable.nn.optim import Optimizer
 
 OPTIMIZER = "optimizer/"  # before the names of its arrays
+BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)  # what reading raises
 
 
 def save(path: str | os.PathLike[str], layer: Layer, optimizer: Optimizer | None = None) -> None:
@@ -39,7 +43,7 @@ def save(path: str | os.PathLike[str], layer: Layer, optimizer: Optimizer | None
     buffers = _named(layer, optimizer)
     arrays: dict[str, Any] = {name: to_host(buffer.data) for name, buffer in buffers.items()}
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # no other writer's
     try:
         with open(unfinished, "wb") as file:
             np.savez(file, **arrays)
@@ -53,7 +57,9 @@ def save(path: str | os.PathLike[str], layer: Layer, optimizer: Optimizer | None
 def load(path: str | os.PathLike[str], layer: Layer, optimizer: Optimizer | None = None) -> None:
     """Read what :func:`save` wrote into a layer, and into an optimizer where one is given.
 
-    Arrays go to the library on which ``layer`` is. Nothing is changed unless all of it fits.
+    Arrays go to the library on which ``layer`` is. Nothing is changed unless all of it fits. Names,
+    shapes and dtypes are compared before any array is read, and no more than these say is read:
+    a file from anywhere can neither run code nor fill the memory.
 
     Parameters
     ----------
@@ -66,17 +72,61 @@ def load(path: str | os.PathLike[str], layer: Layer, optimizer: Optimizer | None
     Raises
     ------
     ValueError
-        Where a name is missing or unknown, a shape or dtype differs, or the file holds objects.
+        Where a name is missing, unknown or there twice, a shape or dtype differs, or the file is no
+        complete archive of arrays.
     """
     buffers = _named(layer, optimizer)
-    with np.load(path, allow_pickle=False) as file:
-        names = [name for name in file.files if optimizer or not name.startswith(OPTIMIZER)]
-        state = {name: file[name] for name in names}
-    for name in state.keys() & buffers.keys():
-        dtype = buffers[name].data.dtype
-        if dtype.name == "bfloat16" and state[name].dtype == "V2":  # how .npy files spell it
-            state[name] = state[name].view(dtype)
+    try:
+        state = _read(path, buffers, with_optimizer=optimizer is not None)
+    except BROKEN as error:
+        if str(error).startswith("load: "):
+            raise
+        raise ValueError(f"load: {path} is no complete archive of arrays: {error}") from error
     load_buffers("load", buffers, state)
+
+
+class Header(NamedTuple):
+    """What a file says of an array before the array itself."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def _read(
+    path: str | os.PathLike[str], buffers: dict[str, Buffer], with_optimizer: bool
+) -> dict[str, np.ndarray]:
+    """The arrays of a file, which are those of ``buffers``."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        members = dict(zip(names, archive.infolist(), strict=True))
+        if len(members) < len(names):
+            raise ValueError(f"load: {path} has two arrays of one name")
+        chosen = [name for name in names if with_optimizer or not name.startswith(OPTIMIZER)]
+        headers = {}
+        for name in chosen:
+            with archive.open(members[name]) as file:
+                headers[name] = _header(file, buffers.get(name))
+        check_state("load", buffers, headers)
+        state = {}
+        for name in chosen:
+            with archive.open(members[name]) as file:
+                array = np.lib.format.read_array(file, allow_pickle=False)
+            state[name] = array.view(headers[name].dtype)
+    return state
+
+
+def _header(file: IO[bytes], buffer: Buffer | None) -> Header:
+    version = np.lib.format.read_magic(file)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in read:
+        raise ValueError(f"its .npy format is version {version}")
+    shape, _, dtype = read[version](file)
+    if buffer is not None and buffer.data.dtype.name == "bfloat16" and dtype == "V2":
+        dtype = buffer.data.dtype  # how .npy files spell it
+    return Header(shape, dtype)
 
 
 def _named(layer: Layer, optimizer: Optimizer | None) -> dict[str, Buffer]:

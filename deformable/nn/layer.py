@@ -198,8 +198,8 @@ def move(array: Array, target: Any) -> Array:
         return sys.modules["cupy"].asarray(to_host(array))
 
 
-def load_buffers(function: str, buffers: Mapping[str, Buffer], state: Mapping[str, Array]) -> None:
-    """Check the whole ``state`` first, then copy it into ``buffers``."""
+def check_state(function: str, buffers: Mapping[str, Buffer], state: Mapping[str, Any]) -> None:
+    """Raise unless ``state`` has the names, shapes and dtypes of ``buffers``."""
     missing, unknown = set(buffers) - set(state), set(state) - set(buffers)
     if missing or unknown:
         raise ValueError(
@@ -211,6 +211,11 @@ def load_buffers(function: str, buffers: Mapping[str, Buffer], state: Mapping[st
             raise ValueError(f"{function}: {name} has shape {have.shape}, expected {want.shape}")
         if have.dtype != want.dtype:
             raise ValueError(f"{function}: {name} has dtype {have.dtype}, expected {want.dtype}")
+
+
+def load_buffers(function: str, buffers: Mapping[str, Buffer], state: Mapping[str, Array]) -> None:
+    """Check the whole ``state`` first, then copy it into ``buffers``."""
+    check_state(function, buffers, state)
     for name, buffer in buffers.items():
         xp = array_module(buffer.data)
         source = to_host(state[name]) if xp is np else state[name]
