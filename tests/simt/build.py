@@ -30,6 +30,10 @@ KERNEL = (
     "-ftrivial-auto-var-init=pattern",  # what a kernel forgets to initialise is the same garbage
     *("-Wno-unknown-pragmas", "-Wno-unused", "-Wno-attributes"),
 )
+# In libraries the simulator's own folder has this name, by which ``place`` knows it from a kernel,
+# and which is the same for every copy of the project: they share the cache.
+ALIAS = "/simt"
+PATHS = (f"-I{HERE}", f"-ffile-prefix-map={HERE}={ALIAS}")
 # Without crtbegin.o the .bss of the library is its shared memory and nothing else.
 LINK = ("-shared", "-nostartfiles")
 
@@ -54,7 +58,7 @@ def available():
 @functools.cache
 def runtime():
     """The loaded runtime; kernel libraries find its functions when they are loaded after it."""
-    text = f'#include "{HERE}/runtime/runtime.cpp"\n'
+    text = '#include "runtime/runtime.cpp"\n'
     library = ctypes.CDLL(
         str(_build("runtime", text, RUNTIME, ("-shared",))), mode=ctypes.RTLD_GLOBAL
     )
@@ -78,11 +82,11 @@ def _precompiled(options):
     if not folder.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as fresh:
-            text = f'#include "{HERE}/dialect/simt.h"\n'
+            text = '#include "dialect/simt.h"\n'
             source = pathlib.Path(fresh, "new", "header.h")
             source.parent.mkdir()
             source.write_text(text)
-            _run(["g++", *options, "-x", "c++-header", str(source), "-o", f"{source}.gch"])
+            _run(["g++", *options, *PATHS, "-x", "c++-header", str(source), "-o", f"{source}.gch"])
             with contextlib.suppress(OSError):  # another process was faster
                 source.parent.rename(folder)
     return header
@@ -92,16 +96,16 @@ def place(library, offset):
     """'file:line' of a kernel's own code (not the dialect's) at an offset in its library."""
     command = ["addr2line", "-i", "-e", str(library), hex(offset)]
     frames = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
-    own = [frame for frame in frames if frame and not frame.startswith((str(HERE), "??"))]
+    own = [frame for frame in frames if frame and not frame.startswith((ALIAS, "??"))]
     return pathlib.Path(own[0].split()[0]).name if own else None
 
 
 @functools.cache
 def _own_hash():
-    """Of the simulator's C++ and of its path, by which ``place`` knows it from a kernel."""
+    """Of the simulator's C++ and of its name in libraries."""
     files = sorted((HERE / "dialect").iterdir()) + sorted((HERE / "runtime").iterdir())
     texts = (file.read_bytes() for file in files)
-    return hashlib.sha256(b"\0".join((str(HERE).encode(), *texts))).hexdigest()
+    return hashlib.sha256(b"\0".join((ALIAS.encode(), *texts))).hexdigest()
 
 
 def _key(*texts):
@@ -115,7 +119,7 @@ def _build(name, text, compile_options, link_options):
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             source, compiled, linked = (f"{folder}/{name}.{end}" for end in ("cpp", "o", "so"))
             pathlib.Path(source).write_text(text)
-            _run(["g++", *compile_options, "-c", source, "-o", compiled])
+            _run(["g++", *compile_options, *PATHS, "-c", source, "-o", compiled])
             _run(["g++", compiled, *link_options, "-o", linked])
             os.replace(linked, library)
     return library
