@@ -30,17 +30,13 @@
 //
 // Macros: DTYPE, TERMS (3: float32 by three TF32 products), TILE_N, WARPS, CORNERS,
 // VEC (channels per load), OFFSET, MASK, OUT (float: partial sums of a split product).
-#include "fused_plan.cuh"
-#include "ptx.cuh"
+#include "fused_product.cuh"
 
 constexpr int STAGES = 3;
-constexpr int UNIT = 16 / sizeof(T);  // channels that a lane holds of a row
-constexpr int ROWS = 4;               // of a lane: q, q + 8, q + 16, q + 24
 constexpr int TILE_M = 32 * WARPS, THREADS = 32 * WARPS;
 constexpr int BLOCKS = (TILE_N * TERMS < 64 ? 12 : 8) / WARPS;  // of a multiprocessor: registers
 constexpr int N8 = TILE_N / 8;
 constexpr int STAGE = N8 * 32 * (TERMS == 3 ? 2 : 1);  // 16-byte units of weights in a step
-constexpr int SPAN = UNIT / 2;  // n8 tiles of which a lane's sums are consecutive output channels
 
 struct Layout {
   int depth, outs;  // channels and output channels of a group of weights
@@ -78,74 +74,6 @@ struct alignas(16) SampleId {
   int row;          // of the pixel's runs; -1: none, a slot has room left
   int dy, dx;       // of the tap, in pixels
   int offset_group_and_tap;
-};
-
-// Column c of n8 tile j is this output channel of the tile.
-__device__ __forceinline__ int out_channel(int j, int c) {
-  return j / SPAN * 8 * SPAN + c / 2 * 2 * SPAN + j % SPAN * 2 + c % 2;
-}
-
-__device__ __forceinline__ float high_part(float x) {  // the bits that TF32 has
-  return __uint_as_float(__float_as_uint(x) & 0xffffe000u);
-}
-
-// What a lane holds of a row: 16 bytes of channels, which are registers of a fragment.
-struct alignas(16) Unit {
-  u32 reg[4];
-};
-
-// A unit as floats, rounding to one, and d += a b on tensor cores.
-template <typename S> struct Math;
-template <> struct Math<__half> {
-  static __device__ __forceinline__ void unpack(float (&v)[8], const Unit& u) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(u.reg[i]));
-      v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
-    }
-  }
-  static __device__ __forceinline__ void round(Unit& u, const float (&v)[8]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const __half2 pair = __floats2half2_rn(v[2 * i], v[2 * i + 1]);
-      u.reg[i] = reinterpret_cast<const u32&>(pair);
-    }
-  }
-  static __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    mma_m16n8k16_f16(d, a, b);
-  }
-};
-template <> struct Math<__nv_bfloat16> {
-  static __device__ __forceinline__ void unpack(float (&v)[8], const Unit& u) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      v[2 * i] = __uint_as_float(u.reg[i] << 16);
-      v[2 * i + 1] = __uint_as_float(u.reg[i] & 0xffff0000u);
-    }
-  }
-  static __device__ __forceinline__ void round(Unit& u, const float (&v)[8]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
-      u.reg[i] = reinterpret_cast<const u32&>(pair);
-    }
-  }
-  static __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    mma_m16n8k16_bf16(d, a, b);
-  }
-};
-template <> struct Math<float> {
-  static __device__ __forceinline__ void unpack(float (&v)[4], const Unit& u) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = __uint_as_float(u.reg[i]);
-  }
-  static __device__ __forceinline__ void round(Unit& u, const float (&v)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) u.reg[i] = TERMS == 3 ? __float_as_uint(v[i]) : to_tf32(v[i]);
-  }
-  static __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    mma_m16n8k8_tf32(d, a, b);
-  }
 };
 
 // ---- weights (O, C / groups, kh, kw) -> packed (groups, tiles, steps, [high, low], TILE_N, 64 bytes)
@@ -231,29 +159,6 @@ __device__ __forceinline__ u32 plan_slots(const ConvGeometry& g, const Layout& l
   return inside;
 }
 
-// A unit by loads of VEC channels. CHECKED: zeros if it does not `exist`, and from channel `left` on.
-template <bool CHECKED>
-__device__ __forceinline__ Unit load_unit(const char* from, bool exists, int left) {
-  Unit u = {};
-#pragma unroll
-  for (int v = 0; v < UNIT; v += VEC) {
-    if (CHECKED && !(exists && v < left)) continue;
-    const char* at = from + v * sizeof(T);
-    if constexpr (VEC * sizeof(T) == 16) {
-      const uint4 r = __ldg(reinterpret_cast<const uint4*>(at));
-      u = {r.x, r.y, r.z, r.w};
-    } else if constexpr (VEC * sizeof(T) == 8) {
-      const uint2 r = __ldg(reinterpret_cast<const uint2*>(at));
-      u.reg[v / VEC * 2] = r.x, u.reg[v / VEC * 2 + 1] = r.y;
-    } else if constexpr (VEC * sizeof(T) == 4) {
-      u.reg[v / VEC] = __ldg(reinterpret_cast<const u32*>(at));
-    } else {
-      u.reg[v / 2] |= __ldg(reinterpret_cast<const unsigned short*>(at)) << v % 2 * 16;
-    }
-  }
-  return u;
-}
-
 // The lane's units of the corners of its rows; a row of `image` is a run of channels.
 template <bool CHECKED>
 __device__ __forceinline__ void gather(Unit (&seen)[ROWS][CORNERS], const char* image,
@@ -264,93 +169,12 @@ __device__ __forceinline__ void gather(Unit (&seen)[ROWS][CORNERS], const char* 
 #pragma unroll
     for (int corner = 0; corner < CORNERS; ++corner) {
       const int row = at.corner[corner];
-      seen[r][corner] = load_unit<CHECKED>(advance(image, row, run_bytes), row >= 0, left);
+      seen[r][corner] = load_unit<VEC, CHECKED>(advance(image, row, run_bytes), row >= 0, left);
     }
-  }
-}
-
-__device__ __forceinline__ void blend(Unit& a, const Unit (&seen)[CORNERS], const Weights& weights) {
-  if constexpr (CORNERS == 1 && sizeof(T) == 2) {
-    a = seen[0];
-  } else {
-    float sum[UNIT];
-    if constexpr (CORNERS == 1) {
-      Math<T>::unpack(sum, seen[0]);
-    } else {
-#pragma unroll
-      for (int e = 0; e < UNIT; ++e) sum[e] = 0;
-#pragma unroll
-      for (int corner = 0; corner < CORNERS; ++corner) {
-        float value[UNIT];
-        Math<T>::unpack(value, seen[corner]);
-#pragma unroll
-        for (int e = 0; e < UNIT; ++e) sum[e] += weights.corner[corner] * value[e];
-      }
-    }
-    Math<T>::round(a, sum);
   }
 }
 
 typedef float Sums[N8][2][4];  // of an n8 tile with 16 rows, twice
-
-// Adds the products of two mma's for each of these n8 tiles and either half of the rows. Neighbours in
-// the order of the instructions do not wait for each other.
-template <int TILES>
-__device__ __forceinline__ void multiply(float (*sums)[2][4], const Unit (&a)[ROWS],
-                                         const Unit (&b)[TILES]) {
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-#pragma unroll
-    for (int j = 0; j < TILES; ++j) {
-      const u32 weights[2] = {b[j].reg[i], b[j].reg[i + 1]};
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        const Unit &upper = a[2 * m], &lower = a[2 * m + 1];
-        const u32 rows[4] = {upper.reg[i], lower.reg[i], upper.reg[i + 1], lower.reg[i + 1]};
-        Math<T>::mma(sums[j][m], rows, weights);
-      }
-    }
-  }
-}
-
-// The products of a step, with the first `outs` output channels of the tile. Three TF32 products stand
-// for one of float32: with x = high + low, a b = low high' + high low' + high high' but for 2^-21 of
-// it. Tensor cores add with truncation, so that a step's sum, of 16 channels, is added to the others
-// outside of them. Not `corrected`: high high' alone.
-template <bool CORRECTED>
-__device__ __forceinline__ void multiply_step(Sums& sums, const Unit (&a)[ROWS], const Unit* stage,
-                                              int outs) {
-  constexpr int TILES = TERMS == 1 ? 4 : 2;
-  Unit high[ROWS], low[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-#pragma unroll
-    for (int i = 0; i < 4 && TERMS == 3; ++i) split_tf32(a[r].reg[i], high[r].reg[i], low[r].reg[i]);
-  }
-#pragma unroll
-  for (int first = 0; first < N8; first += TILES) {
-    if (8 * first >= outs) continue;  // as a branch, it also keeps the loads of too many weights apart
-    Unit b[TILES], b_low[TILES];
-#pragma unroll
-    for (int j = 0; j < TILES; ++j) b[j] = stage[32 * (first + j)];
-    if constexpr (TERMS == 1) {
-      multiply(sums + first, a, b);
-    } else {
-      float step_sums[TILES][2][4] = {};
-      if constexpr (CORRECTED) {
-#pragma unroll
-        for (int j = 0; j < TILES; ++j) b_low[j] = stage[32 * (N8 + first + j)];
-        multiply(step_sums, low, b);
-        multiply(step_sums, high, b_low);
-      }
-      multiply(step_sums, high, b);
-#pragma unroll
-      for (int i = 0; i < 8 * TILES; ++i) {
-        sums[first + i / 8][i / 4 % 2][i % 4] += step_sums[i / 8][i / 4 % 2][i % 4];
-      }
-    }
-  }
-}
 
 // The tile's sums leave for y (positions, O), only infinite ones unless `all`. Answers if one is NaN.
 __device__ __forceinline__ bool store(OUT* __restrict__ y, const T* __restrict__ bias,
@@ -392,18 +216,6 @@ __device__ __forceinline__ bool store(OUT* __restrict__ y, const T* __restrict__
     }
   }
   return nan;
-}
-
-__device__ __forceinline__ bool any_of_block(bool mine) {
-  __shared__ int found[WARPS];
-  const bool any = __any_sync(0xffffffffu, mine);
-  __syncthreads();  // nobody reads an earlier answer, or the ring, any more
-  if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = any;
-  __syncthreads();
-  bool all_found = false;
-#pragma unroll
-  for (int w = 0; w < WARPS; ++w) all_found |= found[w];
-  return all_found;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)

@@ -29,23 +29,32 @@ struct Places {
   Strides offset_strides, mask_strides;
 };
 
-// The tap that lies (dy, dx) from the first one. Its offset is the `sample`th of the position.
+// The sample of the tap that lies (dy, dx) from the first one: its offset is the `sample`th of the
+// position.
+__device__ __forceinline__ Sample offset_sample(const ConvGeometry& g, const Places& places,
+                                                const OutputPixel& out, int dy, int dx, int sample) {
+  const Tap first = regular_tap(g, out, 0, 0);
+  const Strides &offset = places.offset_strides, &mask = places.mask_strides;
+  const A offset_y = places.offset[offset(out.image, 2 * sample, out.y, out.x)];
+  const A offset_x = places.offset[offset(out.image, 2 * sample + 1, out.y, out.x)];
+  A scale = 1;
+  if (places.mask) scale = places.mask[mask(out.image, sample, out.y, out.x)];
+  return locate(first.y + dy + offset_y, first.x + dx + offset_x, g.height, g.width, scale);
+}
+
+// The same sample, or without offsets that of the regular grid, as pixels and weights.
 __device__ __forceinline__ void plan_sample(const ConvGeometry& g, const Places& places,
                                             const OutputPixel& out, int dy, int dx, int sample,
                                             Pixels& pixels, Weights& weights) {
-  const Tap first = regular_tap(g, out, 0, 0);
-  const int image = out.image * g.height * g.width, y = first.y + dy, x = first.x + dx;
+  const int image = out.image * g.height * g.width;
   if constexpr (CORNERS == 1) {
+    const Tap first = regular_tap(g, out, 0, 0);
+    const int y = first.y + dy, x = first.x + dx;
     const bool inside = y >= 0 && y < g.height && x >= 0 && x < g.width;
     pixels.corner[0] = inside ? image + y * g.width + x : -1;
     weights.corner[0] = 1;
   } else {
-    const Strides &offset = places.offset_strides, &mask = places.mask_strides;
-    const A offset_y = places.offset[offset(out.image, 2 * sample, out.y, out.x)];
-    const A offset_x = places.offset[offset(out.image, 2 * sample + 1, out.y, out.x)];
-    A scale = 1;
-    if (places.mask) scale = places.mask[mask(out.image, sample, out.y, out.x)];
-    const Sample s = locate(y + offset_y, x + offset_x, g.height, g.width, scale);
+    const Sample s = offset_sample(g, places, out, dy, dx, sample);
 #pragma unroll
     for (int corner = 0; corner < CORNERS; ++corner) {
       const index_t pixel = corner_pixel(s, corner, g.height, g.width);
