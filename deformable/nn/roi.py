@@ -32,8 +32,8 @@ from deformable.roi_pool import ps_roi_pool, ps_roi_pool_backward, roi_pool, roi
 class _Pool(Layer):
     """A pooling function, its backward, and the arguments that follow the arrays."""
 
-    pool: Callable[..., Array]
-    pool_backward: Callable[..., Any]
+    _pool: Callable[..., Array]
+    _pool_backward: Callable[..., Any]
 
     def __init__(self, output_size: Pair, **options: Any) -> None:
         output_size = pair(type(self).__name__, "output_size", output_size, least=1)
@@ -41,10 +41,10 @@ class _Pool(Layer):
 
     def __call__(self, x: Array, rois: Array) -> tuple[Array, Backward]:
         """Pool the RoIs (K, 5) of x (N, C, H, W)."""
-        y = self.pool(x, rois, **self.options)
+        y = self._pool(x, rois, **self.options)
 
         def backward(grad_y: Array) -> tuple[Array, None]:
-            return self.pool_backward(grad_y, x, rois, **self.options).x, None
+            return self._pool_backward(grad_y, x, rois, **self.options).x, None
 
         return y, backward
 
@@ -68,8 +68,8 @@ class RoIPool(_Pool):
     ([[5.0, 7.0], [13.0, 15.0]], [0.0, 1.0, 0.0, 1.0])
     """
 
-    pool = staticmethod(roi_pool)
-    pool_backward = staticmethod(roi_pool_backward)
+    _pool = staticmethod(roi_pool)
+    _pool_backward = staticmethod(roi_pool_backward)
 
     def __init__(self, output_size: Pair, spatial_scale: float = 1.0) -> None:
         super().__init__(output_size=output_size, spatial_scale=spatial_scale)
@@ -95,8 +95,8 @@ class RoIAlign(_Pool):
     (1, 3, 2, 2)
     """
 
-    pool = staticmethod(roi_align)
-    pool_backward = staticmethod(roi_align_backward)
+    _pool = staticmethod(roi_align)
+    _pool_backward = staticmethod(roi_align_backward)
 
     def __init__(
         self,
@@ -131,8 +131,8 @@ class PSRoIPool(_Pool):
     (1, 3, 2, 2)
     """
 
-    pool = staticmethod(ps_roi_pool)
-    pool_backward = staticmethod(ps_roi_pool_backward)
+    _pool = staticmethod(ps_roi_pool)
+    _pool_backward = staticmethod(ps_roi_pool_backward)
 
     def __init__(
         self, output_size: Pair, spatial_scale: float = 1.0, group_size: Pair | None = None
@@ -160,8 +160,8 @@ class PSRoIAlign(_Pool):
     (1, 3, 2, 2)
     """
 
-    pool = staticmethod(ps_roi_align)
-    pool_backward = staticmethod(ps_roi_align_backward)
+    _pool = staticmethod(ps_roi_align)
+    _pool_backward = staticmethod(ps_roi_align_backward)
 
     def __init__(
         self, output_size: Pair, spatial_scale: float = 1.0, sampling_ratio: Pair = -1
@@ -204,10 +204,10 @@ class _DeformPool(_Pool):
         """Pool as the maps say; the backward answers the gradients of x and of the maps."""
         offset, mask, maps_backward = split_offsets(maps, self.offset_channels, self.max_offset)
         mask = None if mask is None else mask[:, 0]
-        y = self.pool(x, rois, offset, mask=mask, **self.options)
+        y = self._pool(x, rois, offset, mask=mask, **self.options)
 
         def backward(grad_y: Array) -> tuple[Array, Array]:
-            grad = self.pool_backward(grad_y, x, rois, offset, mask=mask, **self.options)
+            grad = self._pool_backward(grad_y, x, rois, offset, mask=mask, **self.options)
             grad_mask = None if mask is None else grad.mask[:, None]
             return grad.x, maps_backward(grad.offset, grad_mask)
 
@@ -251,8 +251,8 @@ class DeformRoIPool(_DeformPool):
     ((1, 4, 3, 3), (1, 4, 8, 8), (1, 2, 3, 3))
     """
 
-    pool = staticmethod(deform_roi_pool)
-    pool_backward = staticmethod(deform_roi_pool_backward)
+    _pool = staticmethod(deform_roi_pool)
+    _pool_backward = staticmethod(deform_roi_pool_backward)
 
     def __init__(
         self,
@@ -287,13 +287,13 @@ class DeformRoIPool(_DeformPool):
         return y, backward
 
     def _maps(self, x: Array, rois: Array) -> tuple[Array, Backward]:
-        pooled = self.pool(x, rois, None, **self.options)
+        pooled = self._pool(x, rois, None, **self.options)
         flat, flatten_backward = Flatten()(pooled)
         raw, fc_backward = self.offset_fc(flat)
 
         def backward(grad_maps: Array) -> Array:
             grad_pooled = flatten_backward(fc_backward(grad_maps.reshape(raw.shape)))
-            return self.pool_backward(grad_pooled, x, rois, None, **self.options).x
+            return self._pool_backward(grad_pooled, x, rois, None, **self.options).x
 
         return raw.reshape(len(rois), *self.map_shape), backward
 
@@ -345,8 +345,8 @@ class DeformPSRoIPool(_DeformPool):
     ((1, 2, 3, 3), [(1, 18, 9, 9), None, (1, 4, 9, 9)])
     """
 
-    pool = staticmethod(deform_ps_roi_pool)
-    pool_backward = staticmethod(deform_ps_roi_pool_backward)
+    _pool = staticmethod(deform_ps_roi_pool)
+    _pool_backward = staticmethod(deform_ps_roi_pool_backward)
 
     def __init__(
         self,
@@ -392,10 +392,10 @@ class DeformPSRoIPool(_DeformPool):
     def _maps(self, features: Array, rois: Array) -> tuple[Array, Backward]:
         options = self.options | {"group_size": None}
         image, conv_backward = self.offset_conv(features)
-        maps = self.pool(image, rois, None, **options)
+        maps = self._pool(image, rois, None, **options)
 
         def backward(grad_maps: Array) -> Array:
-            grad = self.pool_backward(grad_maps, image, rois, None, wrt=("x",), **options)
+            grad = self._pool_backward(grad_maps, image, rois, None, wrt=("x",), **options)
             return conv_backward(grad.x)
 
         return maps, backward
