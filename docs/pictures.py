@@ -75,7 +75,7 @@ def field():
     arrows, colours = figure.subplots(1, 2)
     offset_field(layer, ax=arrows, every=2)
     offset_field(layer, ax=colours, colours=True)
-    arrows.set(title="as arrows", xticks=[], yticks=[], xlim=(-0.5, 23.5), ylim=(23.5, -0.5))
+    arrows.set(title="as arrows", xticks=[], yticks=[], xlim=(-1.5, 24.5), ylim=(24.5, -1.5))
     colours.set(title="as colours", xticks=[], yticks=[])
     return figure
 
@@ -99,7 +99,7 @@ def main():
     """Write all pictures."""
     IMAGES.mkdir(exist_ok=True)
     for name, draw in PICTURES.items():
-        draw().savefig(IMAGES / f"{name}.png", dpi=100)
+        draw().savefig(IMAGES / f"{name}.png", dpi=100, bbox_inches="tight", pad_inches=0.06)
 
 
 if __name__ == "__main__":
