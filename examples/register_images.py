@@ -1,6 +1,7 @@
 """Find out how an image was warped: offsets that are learned directly, without a network.
 
     python examples/register_images.py
+    python examples/register_images.py --image gravel.png
 
 A photograph and a smoothly warped copy of it are given. A deformable convolution with a single tap
 of weight 1 draws the copy from the photograph if its offsets say where every pixel comes from, so
@@ -18,6 +19,7 @@ from types import ModuleType
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from sklearn.datasets import load_sample_image
 from tqdm import tqdm
 
@@ -30,9 +32,17 @@ COARSE, FINE = 10.0, 0.7  # standard deviations of the smoothing, in pixels
 RATE = 0.1  # pixels that a step may move
 
 
-def photograph() -> np.ndarray:
-    """Part of a flower, (1, 1, SIDE, SIDE), with mean 0 and deviation 1."""
-    grey = load_sample_image("flower.jpg")[150 : 150 + SIDE, 200 : 200 + SIDE].mean(axis=2)
+def photograph(file: Path | None = None) -> np.ndarray:
+    """The middle of an image file, or part of a flower: (1, 1, SIDE, SIDE), mean 0, deviation 1."""
+    if file is None:
+        pixels = load_sample_image("flower.jpg")[150 : 150 + SIDE, 200 : 200 + SIDE]
+    else:
+        pixels = imread(file)
+        top, left = ((size - SIDE) // 2 for size in pixels.shape[:2])
+        if min(top, left) < 0:
+            raise SystemExit(f"{file} has {pixels.shape[:2]} pixels, {SIDE} x {SIDE} are needed")
+        pixels = pixels[top : top + SIDE, left : left + SIDE]
+    grey = pixels.reshape(SIDE, SIDE, -1)[..., :3].mean(axis=2)  # without opacity
     return ((grey - grey.mean()) / grey.std()).astype(np.float32)[None, None]
 
 
@@ -107,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--image", type=Path, help="file with a photograph of your own")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="of the warp")
     parser.add_argument("--out", type=Path, default=Path("out"), help="for the picture")
@@ -122,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         xp = np
 
-    image, flow = photograph(), smooth_flow(np.random.default_rng(args.seed))
+    image, flow = photograph(args.image), smooth_flow(np.random.default_rng(args.seed))
     warped = deform_conv2d(image, flow, np.ones((1, 1, 1, 1), np.float32))
     offset, losses = register(*map(xp.asarray, (image, warped)), args.steps, xp)
     offset = offset if xp is np else offset.get()

@@ -64,7 +64,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("numpydoc")
     source = tmp_path / "docs"  # the reference writes its pages beside the others
     shutil.copytree(DOCS, source, ignore=shutil.ignore_patterns("generated"))
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-n", str(source), str(tmp_path / "site")]
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-n", source, tmp_path / "site"]
     built = subprocess.run(command, capture_output=True, text=True, cwd=DOCS.parent, check=False)
     assert built.returncode == 0, built.stderr
     assert (tmp_path / "site/generated/deformable.deform_conv2d.html").exists()

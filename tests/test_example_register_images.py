@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.image import imsave
 from numpy.testing import assert_allclose
 
 from tests.arrays import host
@@ -52,3 +53,23 @@ def test_the_flow_is_as_large_as_said(script):
     flow = script.smooth_flow(np.random.default_rng(0))
     assert_allclose(np.linalg.norm(flow, axis=1).max(), 1.0, rtol=1e-6)
     assert np.abs(np.diff(flow, axis=2)).max() < 0.2
+
+
+@pytest.mark.parametrize("colours", [(), (3,), (4,)])
+def test_the_photograph_is_the_middle_of_the_file(colours, script, tmp_path):
+    pixels = np.random.default_rng(0).random((30, 41, *colours)).astype(np.float32)
+    imsave(tmp_path / "own.png", pixels, cmap="gray", vmin=0, vmax=1)
+    picture = script.photograph(tmp_path / "own.png")
+    assert picture.shape == (1, 1, 24, 24)
+    grey = pixels if not colours else pixels[..., :3].mean(axis=2)
+    expected = grey[3:27, 8:32]
+    expected = (expected - expected.mean()) / expected.std()
+    levels = 2 / 255 / grey[3:27, 8:32].std()  # a file has 256
+    assert np.abs(picture[0, 0] - expected).max() <= levels
+    assert abs(picture.mean()) <= 1e-6
+
+
+def test_a_photograph_that_is_too_small_is_refused(script, tmp_path):
+    imsave(tmp_path / "own.png", np.zeros((23, 30)))
+    with pytest.raises(SystemExit, match=r"\(23, 30\) pixels, 24 x 24 are needed"):
+        script.main(["--image", str(tmp_path / "own.png"), "--out", str(tmp_path)])
