@@ -5,10 +5,12 @@ import pytest
 from numpy.testing import assert_array_equal
 
 import deformable
-from deformable import conv2d, conv2d_backward
+from deformable import _fused, conv2d, conv2d_backward
+from deformable.conv import ConvGeometry, conv_geometry, index_type
 from deformable.testing import check_backward
 from tests import reference
 from tests.arrays import host, on
+from tests.conftest import HAVE_GPU, kernels
 
 FIELDS = ("x", "weight", "bias")
 
@@ -99,6 +101,81 @@ def test_result_has_the_dtype_of_x_and_sums_in_float32(dtype, xp):
     assert float(host(xp, y).astype(np.float64)[0, 0, 0, 0]) == 4096
     grads = conv2d_backward(y, x, weight)
     assert grads.x.dtype == grads.weight.dtype == kind
+
+
+@pytest.mark.parametrize(("dtype", "channels"), [("float16", 264), ("float32", 132)])
+def test_lanes_take_a_second_turn_where_channels_are_many(dtype, channels, xp):
+    """32 lanes of 16 bytes reach all channels but the last ones. Small integers add up exactly."""
+    rng = np.random.default_rng(6)
+    small = lambda *shape: rng.integers(-2, 3, shape).astype(dtype)  # noqa: E731
+    arrays = {"x": small(2, channels, 3, 2), "weight": small(2, channels, 2, 1)}
+    grad_y = small(2, 2, 2, 2)
+    want = conv2d_backward(grad_y, **arrays)
+    have = conv2d_backward(xp.asarray(grad_y), **on(xp, arrays))
+    for name in arrays:
+        assert_array_equal(host(xp, getattr(have, name)), getattr(want, name))
+
+
+# ---- more than 2**31 pixels or positions
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ctype"),
+    [
+        ({"batch": 2**31 - 1}, "int"),
+        ({"batch": 2**31}, "int64"),
+        ({"height": 2**15, "width": 2**16 - 1}, "int"),
+        ({"height": 2**15, "width": 2**16}, "int64"),
+        ({"out_height": 2**15, "out_width": 2**16 - 1}, "int"),
+        ({"batch": 2, "out_height": 2**15, "out_width": 2**15}, "int64"),
+    ],
+    ids=str,
+)
+def test_int_counts_pixels_and_positions_as_far_as_it_can(sizes, ctype):
+    assert index_type(ConvGeometry(*[1] * len(ConvGeometry._fields))._replace(**sizes)) == ctype
+
+
+def test_counting_by_int64_gives_the_same_bits(monkeypatch):
+    arrays, keywords = random_case(np.random.default_rng(2))
+    arrays = {name: a.astype(np.float32) for name, a in arrays.items()}
+    monkeypatch.setattr(_fused, "covers", lambda g, x: False)
+    with kernels("forward"):
+        import cupy
+
+        arrays = on(cupy, arrays)
+        y = conv2d(**arrays, **keywords)
+        grads = conv2d_backward(y, **arrays, **keywords)
+        monkeypatch.setattr(deformable.conv, "index_type", lambda g: "int64")
+        assert_array_equal(conv2d(**arrays, **keywords).get(), y.get())
+        for a, b in zip(conv2d_backward(y, **arrays, **keywords), grads, strict=True):
+            assert_array_equal(a.get(), b.get())
+
+
+@pytest.mark.skipif(HAVE_GPU, reason="only simulated memory costs nothing before it is used")
+def test_the_end_of_an_image_of_more_than_2_31_pixels():
+    """Its last rows give what they give where there are no others."""
+    with kernels("forward"):
+        import cupy
+
+        alone, behind_others = (last_rows(cupy, height) for height in (32, 2**28 + 32))
+    for a, b in zip(alone, behind_others, strict=True):
+        assert a.any()
+        assert_array_equal(a, b)
+
+
+def last_rows(xp, height):
+    """The last columns of an image 8 pixels wide, and the last pixels of their adjoint."""
+    from tests.simt.settings import configure
+
+    image = xp.zeros((1, 1, height, 8), np.float32)
+    image[..., -4:, :] = xp.arange(1, 33, dtype=np.float32).reshape(4, 8)
+    g = conv_geometry("test", image, xp.zeros((1, 1, 3, 3)), None, 1, 1, 1)
+    first = g.positions - 24
+    columns = deformable.conv._im2col(g, image, first, 24)
+    grad_image = xp.zeros((1, height, 8, 1), np.float32)
+    with configure(last_blocks=1):  # of 256 pixels
+        deformable.conv._col2im(g, columns, grad_image, first, 24)
+    return columns.get(), grad_image[:, -32:].get()
 
 
 def test_wrt_computes_only_what_it_names(xp):

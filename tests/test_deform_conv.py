@@ -5,10 +5,19 @@ import pytest
 from numpy.testing import assert_array_equal
 
 import deformable
-from deformable import conv2d, conv2d_backward, deform_conv2d, deform_conv2d_backward
+from deformable import (
+    _cuda,
+    _fused,
+    conv2d,
+    conv2d_backward,
+    deform_conv2d,
+    deform_conv2d_backward,
+)
+from deformable.conv import conv_geometry
 from deformable.testing import check_backward, error_bound
 from tests import reference
 from tests.arrays import host, on
+from tests.conftest import HAVE_GPU, kernels
 from tests.golden_cases import check_golden, golden_cases
 
 FIELDS = ("x", "offset", "weight", "bias", "mask")
@@ -386,6 +395,98 @@ def test_results_do_not_depend_on_the_size_of_blocks(limit, xp, monkeypatch):
     for name in FIELDS:
         a, b = host(xp, getattr(pieces, name)), host(xp, getattr(grads, name))
         assert np.abs(a - b).max() <= 1e-12 * np.abs(b).max(), name
+
+
+@pytest.mark.parametrize("og", [1, 2])
+@pytest.mark.parametrize(("dtype", "depth"), [("float16", 264), ("float32", 132)])
+def test_lanes_take_a_second_turn_where_channels_are_many(dtype, depth, og, xp):
+    """32 lanes of 16 bytes reach all channels but the last ones. Small fractions add up exactly."""
+    rng = np.random.default_rng(15)
+    some = lambda *shape: rng.integers(-2, 3, shape).astype(dtype)  # noqa: E731
+    arrays = {
+        "x": some(1, og * depth, 4, 3),
+        "offset": some(1, 4 * og, 3, 3) / 2,
+        "weight": some(2, og * depth, 2, 1),
+        "mask": some(1, 2 * og, 3, 3),
+    }
+    grad_y = some(1, 2, 3, 3)
+    want = deform_conv2d_backward(grad_y, **arrays)
+    have = deform_conv2d_backward(xp.asarray(grad_y), **on(xp, arrays))
+    for name in arrays:
+        assert_array_equal(host(xp, getattr(have, name)), getattr(want, name))
+
+
+# ---- more than 2**31 pixels or positions
+
+
+def test_counting_by_int64_gives_the_same_bits(monkeypatch):
+    rng = np.random.default_rng(16)
+    arrays, keywords = random_case(rng, np.float32, n=2, c=3, groups=1, og=1, mask=True)
+    monkeypatch.setattr(_fused, "covers", lambda g, x: False)
+    with kernels("forward"):
+        import cupy
+
+        arrays = on(cupy, arrays)
+        y = deform_conv2d(**arrays, **keywords)
+        grads = deform_conv2d_backward(y, **arrays, **keywords)
+        monkeypatch.setattr(deformable.deform_conv, "index_type", lambda g: "int64")
+        assert_array_equal(deform_conv2d(**arrays, **keywords).get(), y.get())
+        again = deform_conv2d_backward(y, **arrays, **keywords)
+        for name in arrays:
+            assert_array_equal(getattr(again, name).get(), getattr(grads, name).get())
+
+
+@pytest.mark.skipif(HAVE_GPU, reason="only simulated memory costs nothing before it is used")
+def test_the_end_of_an_image_of_more_than_2_31_pixels():
+    """Its last rows give what they give where there are no others."""
+    with kernels("forward"):
+        import cupy
+
+        alone, behind_others = (last_row(cupy, height) for height in (8, 2**16 + 8))
+    for a, b in zip(alone, behind_others, strict=True):
+        assert a.any()
+        assert_array_equal(a, b)
+
+
+def last_row(xp, height, width=2**15, count=256):
+    """What the kernels compute of the last positions and pixels of an image."""
+    from tests.simt.settings import configure
+
+    rng = np.random.default_rng(17)
+    image = xp.zeros((1, 1, height, width), np.float32)
+    image[..., -4:, -count:] = xp.asarray(rng.normal(size=(4, count)))
+    g = conv_geometry("test", image, xp.zeros((1, 1, 1, 1)), None, 1, 0, 1)
+    first = g.positions - count
+    offset = xp.zeros((1, height, width, 2), np.float32)
+    quarters = rng.integers(-8, 9, (count, 2)) / 4  # exact also at y = 2**16
+    offset[0, -1, -count:] = xp.asarray(quarters)
+    columns = deformable.deform_conv._im2col(g, image, offset, None, first, count)
+
+    macros = deformable.deform_conv._macros(g, image, vec=1)
+    grad_offset = xp.zeros(offset.shape, np.float32)
+    _cuda.launch_rows(
+        "deform_conv.cu", "offset_gradient", count, 1,
+        image, offset, None, columns, grad_offset, None, g, first, count, **macros,
+    )  # fmt: skip
+
+    keys, weights = xp.empty(count, np.int64), xp.empty((count, 4), np.float32)
+    _cuda.launch_rows(
+        "deform_conv.cu", "list_cells", count, 1,
+        offset, None, keys, weights, g, 1, 0, first, count, **macros,
+    )  # fmt: skip
+    keys.sort()
+    cells = (height + 1) * (width + 1)
+    around = xp.arange(cells - 2 * (width + 1), cells + 1)  # the cells around the last row
+    starts = xp.zeros(cells + 1, np.int64)
+    starts[-len(around) :] = xp.searchsorted(keys, around * count)
+    grad_image = xp.zeros((1, height, width, 1), np.float32)
+    with configure(last_blocks=1):  # of 256 pixels
+        _cuda.launch_rows(
+            "deform_conv.cu", "image_gradient", height * width, 1,
+            columns, keys, starts, weights, grad_image, g, 1, count, **macros,
+        )  # fmt: skip
+    results = columns, grad_offset[0, -1, -count:], weights, grad_image[0, -1, -count:]
+    return [a.get() for a in results]
 
 
 def small(**changes):
