@@ -3,12 +3,11 @@
 Only metadata is looked at: nothing here ever reads the values of a device array.
 """
 
-import functools
 import math
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +16,19 @@ Pair = int | tuple[int, int]
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INT32_MAX = 2**31 - 1
+CALLS = 1024  # kinds of calls of a function, of which is kept how they are done
+
+
+class Spec(NamedTuple):
+    """What of an array tells how a call is done; ``check_`` functions take it for the array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def specs(arrays: Mapping[str, Array | None]) -> dict[str, Spec | None]:
+    """The shapes and dtypes of ``arrays``, by which a call is known again."""
+    return {name: None if a is None else Spec(a.shape, a.dtype) for name, a in arrays.items()}
 
 
 def array_module(array: Array) -> ModuleType:
@@ -32,32 +44,25 @@ def check_library(
     given: dict[str, Any] = {
         name: a for name, a in arrays.items() if a is not None or name not in optional
     }
-    modules = {}
-    for name, array in given.items():
-        modules[name] = xp = array_module(array)
-        if not isinstance(array, xp.ndarray):
-            raise TypeError(
-                f"{function}: {name} is {type(array).__name__}, expected a numpy or cupy array"
-            )
     first = next(iter(given))
-    for name, xp in modules.items():
-        if xp is not modules[first]:
+    xp = array_module(given[first])
+    for name, array in given.items():
+        if not isinstance(array, xp.ndarray):
+            other = array_module(array)
+            if not isinstance(array, other.ndarray):
+                raise TypeError(
+                    f"{function}: {name} is {type(array).__name__}, expected a numpy or cupy array"
+                )
             raise TypeError(
-                f"{function}: {name} is a {xp.__name__} array, expected {modules[first].__name__} "
+                f"{function}: {name} is a {other.__name__} array, expected {xp.__name__} "
                 f"as {first} is"
             )
-        if xp is not np and given[name].device != given[first].device:
+        if xp is not np and array.device != given[first].device:
             raise ValueError(
-                f"{function}: {name} is on {given[name].device}, expected {given[first].device} "
+                f"{function}: {name} is on {array.device}, expected {given[first].device} "
                 f"where {first} is"
             )
-    return modules[first]
-
-
-@functools.cache
-def _name(dtype: np.dtype) -> str:
-    """The name of a dtype, which takes NumPy a microsecond to tell."""
-    return dtype.name
+    return xp
 
 
 def check_dtypes(function: str, data: Mapping[str, Array], real: Mapping[str, Array]) -> None:
@@ -66,7 +71,7 @@ def check_dtypes(function: str, data: Mapping[str, Array], real: Mapping[str, Ar
     for name, array in data.items():
         if array is None:
             continue
-        if _name(array.dtype) not in FLOATS or not array.dtype.isnative:
+        if array.dtype.name not in FLOATS or not array.dtype.isnative:
             raise TypeError(
                 f"{function}: {name} has dtype {array.dtype}, expected one of {', '.join(FLOATS)}"
             )
@@ -77,8 +82,8 @@ def check_dtypes(function: str, data: Mapping[str, Array], real: Mapping[str, Ar
     for name, array in real.items():
         if array is None:
             continue
-        allowed = dict.fromkeys((_name(dtype), "float32", "float64"))
-        if _name(array.dtype) not in allowed or not array.dtype.isnative:
+        allowed = dict.fromkeys((dtype.name, "float32", "float64"))
+        if array.dtype.name not in allowed or not array.dtype.isnative:
             raise TypeError(
                 f"{function}: {name} has dtype {array.dtype}, expected {' or '.join(allowed)}"
             )
@@ -117,6 +122,8 @@ def check_wrt(function: str, wrt: Iterable[str] | None, fields: tuple[str, ...])
 
 def pair(function: str, name: str, value: Pair, least: int) -> tuple[int, int]:
     """``value`` as (height, width), both integers of at least ``least``."""
+    if type(value) is int and least <= value <= INT32_MAX:  # at once what most calls have
+        return value, value
     both = tuple(value) if np.iterable(value) else (value, value)
     if len(both) != 2 or not all(map(_is_integer, both)):
         raise TypeError(f"{function}: {name} is {value!r}, expected an int or a pair of ints")

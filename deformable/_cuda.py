@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import functools
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from importlib import resources
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from deformable._array import Array, compute_dtype
+from deformable._array import CALLS, Array, compute_dtype
 
 CTYPE = {
     "float16": "__half",
@@ -101,7 +102,7 @@ def _kernel(file: str, name: str, macros: tuple[tuple[str, Any], ...], device: i
     return cupy.RawModule(code=source(file), options=options).get_function(name)
 
 
-@functools.lru_cache(maxsize=1024, typed=True)
+@functools.lru_cache(maxsize=CALLS, typed=True)
 def struct(geometry: Any) -> np.ndarray:
     """A NamedTuple of numbers as a C struct of the same fields, to be passed by value.
 
@@ -127,12 +128,11 @@ def launch(
     or an int (``long long``). A macro that is a dtype becomes its C type. An empty grid is not
     launched: cupy would run one block.
     """
-    import cupy
-
     if 0 in grid:
         return
 
-    kernel = _kernel(file, name, tuple(defines.items()), cupy.cuda.runtime.getDevice())
+    device = sys.modules["cupy"].cuda.runtime.getDevice()  # an import takes as long as a launch
+    kernel = _kernel(file, name, tuple(defines.items()), device)
     if shared > 48 << 10:
         _allow_shared(kernel, shared)
     values = [

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from deformable import _cuda
-from deformable._array import INT32_MAX, Array, array_module, channels_last, compute_dtype
+from deformable._array import (
+    CALLS,
+    INT32_MAX,
+    Array,
+    array_module,
+    channels_last,
+    compute_dtype,
+)
 
 if TYPE_CHECKING:
     from deformable.conv import ConvGeometry
@@ -125,8 +132,12 @@ def _plan_bytes(corners: int, dtype: np.dtype) -> int:
 
 
 def _strides(array: Array | None) -> Strides:
-    steps = (0,) * 4 if array is None else (s // array.itemsize for s in array.strides)
-    return Strides(*map(np.int64, steps))
+    return _steps(array.strides, array.itemsize) if array is not None else _steps((0,) * 4, 1)
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _steps(strides: tuple[int, ...], itemsize: int) -> Strides:
+    return Strides(*(np.int64(s // itemsize) for s in strides))
 
 
 # ---- on tensor cores
@@ -141,7 +152,7 @@ def _resources(device: int) -> tuple[int, int]:
     return attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerMultiprocessor"]
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=CALLS)
 def variant(
     g: "ConvGeometry", itemsize: int, terms: int, corners: int, processors: int, shared: int
 ) -> Variant:

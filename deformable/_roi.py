@@ -18,6 +18,7 @@ Positions are computed in float64, whatever the arrays hold: how many samples a 
 of them are inside, jumps.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from scipy.sparse import csr_array
 
 from deformable import _cuda
 from deformable._array import (
+    CALLS,
     INT32_MAX,
     Array,
     Pair,
@@ -37,6 +39,7 @@ from deformable._array import (
     compute_dtype,
     pair,
     real_number,
+    specs,
 )
 
 BLOCK_BYTES = 2 << 20  # of a sparse matrix and its product alive: about what a core's caches hold
@@ -134,12 +137,26 @@ def roi_geometry(
 
     ``others`` are the arrays grad_y, offset and mask, of which the last two may be None.
     """
-    real = {"rois": rois, **others}
-    check_library(function, {"x": x, **real}, optional=("offset", "mask"))
-    check_dtypes(function, {"x": x}, real)
-    pooled_h, pooled_w = pair(function, "output_size", output_size, 1)
-    group_h, group_w = pair(function, "group_size", group_size, 1)
-    sampling_h, sampling_w = pair(function, "sampling_ratio", sampling_ratio, -INT32_MAX)
+    arrays = {"x": x, "rois": rois, **others}
+    check_library(function, arrays, optional=("offset", "mask"))
+    return _geometry(
+        function,
+        pair(function, "output_size", output_size, 1),
+        pair(function, "group_size", group_size, 1),
+        pair(function, "sampling_ratio", sampling_ratio, -INT32_MAX),
+        real_number(function, "spatial_scale", spatial_scale),
+        real_number(function, "gamma", gamma),
+        **specs(arrays),
+    )
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _geometry(
+    function, output_size, group_size, sampling_ratio, spatial_scale, gamma, *, x, rois, **others
+):
+    check_dtypes(function, {"x": x}, {"rois": rois, **others})
+    (pooled_h, pooled_w), (group_h, group_w) = output_size, group_size
+    sampling_h, sampling_w = sampling_ratio
     check_shape(function, "x", x, ("N", "C", "H", "W"))
     check_shape(function, "rois", rois, ("K", 5))
     n, c, h, w = x.shape
@@ -157,8 +174,7 @@ def roi_geometry(
         rois=rois.shape[0], pooled_h=pooled_h, pooled_w=pooled_w,
         group_h=group_h, group_w=group_w, sampling_h=sampling_h, sampling_w=sampling_w,
         classes=1, part_h=0, part_w=0,
-        spatial_scale=real_number(function, "spatial_scale", spatial_scale),
-        gamma=real_number(function, "gamma", gamma),
+        spatial_scale=spatial_scale, gamma=gamma,
     )  # fmt: skip
     check_shape(function, "mask", others.get("mask"), (g.rois, g.pooled_h, g.pooled_w))
     check_shape(function, "grad_y", others.get("grad_y"), g.out_shape)

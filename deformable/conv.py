@@ -6,6 +6,7 @@
 operators differ only in where the columns look.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -14,9 +15,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from deformable import _cuda, _fused
 from deformable._array import (
+    CALLS,
     INT32_MAX,
     Array,
     Pair,
+    Spec,
     array_module,
     channels_first,
     channels_last,
@@ -27,6 +30,7 @@ from deformable._array import (
     compute_dtype,
     integer,
     pair,
+    specs,
 )
 
 BLOCK_BYTES = 2 << 20  # of columns alive on the CPU: about what the caches of a core hold
@@ -180,29 +184,42 @@ def conv2d_backward(
 
 
 def _check(function, x, weight, bias, stride, padding, dilation, groups, **gradient):
-    data = {"x": x, "weight": weight, "bias": bias}
-    xp = check_library(function, data | gradient, optional=("bias",))
-    check_dtypes(function, data, gradient)
+    arrays = {"x": x, "weight": weight, "bias": bias, **gradient}
+    xp = check_library(function, arrays, optional=("bias",))
+    grid = conv_grid(function, stride, padding, dilation)
     groups = integer(function, "groups", groups, 1)
-    g = conv_geometry(function, x, weight, bias, stride, padding, dilation, groups)
+    return _geometry(function, grid, groups, **specs(arrays)), xp
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _geometry(function, grid, groups, *, x, weight, bias, **gradient):
+    check_dtypes(function, {"x": x, "weight": weight, "bias": bias}, gradient)
+    g = conv_geometry(function, x, weight, bias, grid, groups)
     check_shape(function, "grad_y", gradient.get("grad_y"), g.out_shape)
-    return g, xp
+    return g
+
+
+def conv_grid(
+    function: str, stride: Pair, padding: Pair, dilation: Pair
+) -> tuple[tuple[int, int], ...]:
+    """Stride, padding and dilation, checked, along both axes each."""
+    return (
+        pair(function, "stride", stride, 1),
+        pair(function, "padding", padding, 0),
+        pair(function, "dilation", dilation, 1),
+    )
 
 
 def conv_geometry(
     function: str,
-    x: Array,
-    weight: Array,
-    bias: Array | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
+    x: Spec,
+    weight: Spec,
+    bias: Spec | None,
+    grid: tuple[tuple[int, int], ...],
     groups: int | None = None,
 ) -> ConvGeometry:
     """The sizes of a convolution, checked; ``groups`` is inferred from the shapes if None."""
-    stride_h, stride_w = pair(function, "stride", stride, 1)
-    pad_h, pad_w = pair(function, "padding", padding, 0)
-    dilation_h, dilation_w = pair(function, "dilation", dilation, 1)
+    (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w) = grid
     check_shape(function, "x", x, ("N", "C", "H", "W"))
     check_shape(function, "weight", weight, ("O", "C // groups", "kh", "kw"))
     n, c, h, w = x.shape
@@ -233,7 +250,9 @@ def conv_geometry(
             f"(the output would be {out_height} x {out_width})"
         )
     if max(h + 2 * pad_h, w + 2 * pad_w) > INT32_MAX:
-        raise ValueError(f"{function}: padding is {padding!r}, expected a padded side below 2^31")
+        raise ValueError(
+            f"{function}: padding is {(pad_h, pad_w)}, expected a padded side below 2^31"
+        )
     return ConvGeometry(
         batch=n, channels=c, height=h, width=w,
         out_channels=o, out_height=out_height, out_width=out_width,

@@ -10,6 +10,7 @@ G(r, q) = max(0, 1 − |r_y − q_y|) · max(0, 1 − |r_x − q_x|). It is Eq. 
 out as columns, are multiplied with the weights as in any convolution.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import numpy as np
 
 from deformable import _cuda, _fused
 from deformable._array import (
+    CALLS,
     Array,
     Pair,
     array_module,
@@ -28,6 +30,7 @@ from deformable._array import (
     check_shape,
     check_wrt,
     compute_dtype,
+    specs,
 )
 from deformable._bilinear import bordered, locate, without_border
 from deformable.conv import (
@@ -38,6 +41,7 @@ from deformable.conv import (
     columns_by_group,
     columns_from_groups,
     conv_geometry,
+    conv_grid,
     empty_columns,
     gradient_rows,
     image_rows,
@@ -183,13 +187,19 @@ def deform_conv2d_backward(
 
 
 def _check(function, x, offset, weight, bias, stride, padding, dilation, mask, **gradient):
-    data = {"x": x, "weight": weight, "bias": bias}
-    real = {"offset": offset, "mask": mask} | gradient
-    xp = check_library(function, data | real, optional=("bias", "mask"))
-    check_dtypes(function, data, real)
-    g = conv_geometry(function, x, weight, bias, stride, padding, dilation)
+    arrays = {"x": x, "weight": weight, "bias": bias, "offset": offset, "mask": mask, **gradient}
+    xp = check_library(function, arrays, optional=("bias", "mask"))
+    grid = conv_grid(function, stride, padding, dilation)
+    return _geometry(function, grid, **specs(arrays)), xp
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _geometry(function, grid, *, x, weight, bias, offset, mask, **gradient):
+    data, real = {"x": x, "weight": weight, "bias": bias}, {"offset": offset, "mask": mask}
+    check_dtypes(function, data, real | gradient)
+    g = conv_geometry(function, x, weight, bias, grid)
     size = (g.out_height, g.out_width)
-    channels = offset.shape[1] if offset.ndim == 4 else 0
+    channels = offset.shape[1] if len(offset.shape) == 4 else 0
     offset_groups = max(1, channels // (2 * g.taps))
     check_shape(function, "offset", offset, (g.batch, 2 * offset_groups * g.taps, *size))
     if g.channels % offset_groups:
@@ -199,7 +209,7 @@ def _check(function, x, offset, weight, bias, stride, padding, dilation, mask, *
         )
     check_shape(function, "mask", mask, (g.batch, offset_groups * g.taps, *size))
     check_shape(function, "grad_y", gradient.get("grad_y"), g.out_shape)
-    return g._replace(offset_groups=offset_groups), xp
+    return g._replace(offset_groups=offset_groups)
 
 
 def _gradients(

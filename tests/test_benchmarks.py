@@ -38,14 +38,14 @@ COMPARISONS = {
 }
 # functions of the library that an eager call on cupy arrays enters: forward, forward + backward
 ENTERED = {
-    "deform_conv2d": (85, 225),
-    "conv2d": (80, 185),
-    "roi_align": (100, 200),
-    "roi_pool": (100, 240),
-    "ps_roi_pool": (100, 200),
-    "ps_roi_align": (100, 200),
-    "deform_ps_roi_pool": (115, 285),
-    "deform_roi_pool": (105, 265),
+    "deform_conv2d": (42, 145),
+    "conv2d": (45, 120),
+    "roi_align": (70, 142),
+    "roi_pool": (70, 182),
+    "ps_roi_pool": (70, 142),
+    "ps_roi_align": (70, 142),
+    "deform_ps_roi_pool": (86, 222),
+    "deform_roi_pool": (77, 204),
 }
 
 
