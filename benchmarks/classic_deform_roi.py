@@ -1,7 +1,9 @@
 """Deformable RoI pooling by the classic algorithm: no library of today has it on a GPU but by this.
 
 One thread per output, atomic additions in the backward: a straight port, in float32, of how the
-operator of the paper was first written. It is here to be compared with and nothing else.
+operator of the paper was first written. It is here to be compared with and nothing else. Where a
+sample lies exactly on a pixel its derivative is 0 (between floor and ceil, one pixel, there is no
+slope); ours is the right-hand one. Gradients of offsets differ by that now and then.
 """
 
 from collections.abc import Callable, Mapping
