@@ -169,7 +169,7 @@ def last_rows(xp, height):
 
     image = xp.zeros((1, 1, height, 8), np.float32)
     image[..., -4:, :] = xp.arange(1, 33, dtype=np.float32).reshape(4, 8)
-    g = conv_geometry("test", image, xp.zeros((1, 1, 3, 3)), None, 1, 1, 1)
+    g = conv_geometry("test", image, xp.zeros((1, 1, 3, 3)), None, 3 * [(1, 1)])
     first = g.positions - 24
     columns = deformable.conv._im2col(g, image, first, 24)
     grad_image = xp.zeros((1, height, 8, 1), np.float32)

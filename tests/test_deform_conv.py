@@ -455,7 +455,7 @@ def last_row(xp, height, width=2**15, count=256):
     rng = np.random.default_rng(17)
     image = xp.zeros((1, 1, height, width), np.float32)
     image[..., -4:, -count:] = xp.asarray(rng.normal(size=(4, count)))
-    g = conv_geometry("test", image, xp.zeros((1, 1, 1, 1)), None, 1, 0, 1)
+    g = conv_geometry("test", image, xp.zeros((1, 1, 1, 1)), None, [(1, 1), (0, 0), (1, 1)])
     first = g.positions - count
     offset = xp.zeros((1, height, width, 2), np.float32)
     quarters = rng.integers(-8, 9, (count, 2)) / 4  # exact also at y = 2**16
