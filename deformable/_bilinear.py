@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse import csr_array
 
-from deformable._array import INT32_MAX, Array
+from deformable._array import INT32_MAX, Array, fill_channels_last
 
 BORDER = 2
 
@@ -25,7 +25,7 @@ def bordered(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The (N, C, H, W) image, channels-last and with its border of zeros."""
     n, c, h, w = x.shape
     out = np.zeros((n, h + 2 * BORDER, w + 2 * BORDER, c), dtype)
-    without_border(out)[...] = x.transpose(0, 2, 3, 1)
+    fill_channels_last(without_border(out), x)
     return out
 
 
@@ -40,10 +40,10 @@ def split(position: Array, size: int) -> tuple[Array, Array]:
     ±inf becomes a cell of the border. NaN too, but its fraction stays NaN.
     """
     np.clip(position, -BORDER, size, out=position)
-    cell = np.floor(position)
-    position -= cell
-    np.fmin(cell, size, out=cell)
-    return cell.astype(np.int32), position
+    floor = np.floor(position)
+    position -= floor
+    cell = floor.astype(np.int32)  # of NaN, any number
+    return np.clip(cell, -BORDER, size, out=cell), position
 
 
 class Samples(NamedTuple):

@@ -28,12 +28,14 @@ from deformable._array import (
     check_shape,
     check_wrt,
     compute_dtype,
+    fill_channels_last,
     integer,
     pair,
     specs,
 )
 
 BLOCK_BYTES = 2 << 20  # of columns alive on the CPU: about what the caches of a core hold
+LEAST_ROWS = 512  # of a product on the CPU
 # What a block frees, the next one takes again. The C library returns it to the system in between,
 # and page faults cost up to a third of the time, until a larger array has been freed once.
 np.empty(8 * BLOCK_BYTES, np.uint8)
@@ -265,12 +267,13 @@ def conv_geometry(
 # ---- columns times weights: what every convolution of the library is
 
 
-def pack_weight(weight: Array, g: ConvGeometry, dtype: np.dtype) -> Array:
+def pack_weight(
+    weight: Array, g: ConvGeometry, dtype: np.dtype, taps: slice = slice(None)
+) -> Array:
     """The weights as (groups, output channels, taps · channels), in the order of the columns."""
     by_tap = weight.reshape(g.out_channels, g.channels // g.groups, g.taps).transpose(0, 2, 1)
-    return by_tap.astype(dtype, order="C").reshape(
-        g.groups, g.out_channels // g.groups, g.taps * (g.channels // g.groups)
-    )
+    packed = by_tap[:, taps].astype(dtype, order="C")
+    return packed.reshape(g.groups, g.out_channels // g.groups, -1)
 
 
 def unpack_weight(packed: Array, g: ConvGeometry, dtype: np.dtype) -> Array:
@@ -309,13 +312,26 @@ def _gradients(g, x, wanted, grad_image, grad_packed, grad_rows):
 # ---- NumPy
 
 
-def blocks(g: ConvGeometry, tap_bytes: int) -> Iterator[tuple[slice, slice, slice]]:
+def tap_slices(g: ConvGeometry, tap_bytes: int) -> Iterator[slice]:
+    """Slices of the taps, so short that a block of them has ``LEAST_ROWS`` positions, or all.
+
+    A tap of a position takes ``tap_bytes``. Products of fewer rows spend their time on packing the
+    weights.
+    """
+    rows = max(1, min(LEAST_ROWS, g.batch * g.positions))
+    most = max(1, BLOCK_BYTES // (tap_bytes * rows))
+    step = -(-g.taps // -(-g.taps // most))
+    for first in range(0, g.taps, step):
+        yield slice(first, min(first + step, g.taps))
+
+
+def blocks(g: ConvGeometry, position_bytes: int) -> Iterator[tuple[slice, slice, slice]]:
     """Slices of images, of their output rows, and of the positions (N · Ho · Wo) that these are.
 
     A block is several small images or some rows of a large one. It takes about ``BLOCK_BYTES``
-    where a tap of a position takes ``tap_bytes``.
+    where a position takes ``position_bytes``.
     """
-    line = g.out_width * g.taps * tap_bytes
+    line = g.out_width * position_bytes
     lines = min(g.out_height, max(1, BLOCK_BYTES // line))
     images = max(1, BLOCK_BYTES // (line * g.out_height))
     for n in range(0, g.batch, images):
@@ -330,15 +346,15 @@ def blocks(g: ConvGeometry, tap_bytes: int) -> Iterator[tuple[slice, slice, slic
 def columns_by_group(columns: np.ndarray, g: ConvGeometry) -> np.ndarray:
     """Columns (M, taps · channels) as (groups, M, taps · channels // groups)."""
     m, depth = len(columns), g.channels // g.groups
-    split = columns.reshape(m, g.taps, g.groups, depth).transpose(2, 0, 1, 3)
-    return split.reshape(g.groups, m, g.taps * depth)
+    split = columns.reshape(m, -1, g.groups, depth).transpose(2, 0, 1, 3)
+    return split.reshape(g.groups, m, -1)
 
 
 def columns_from_groups(columns: np.ndarray, g: ConvGeometry) -> np.ndarray:
     """The inverse of :func:`columns_by_group`."""
     m, depth = columns.shape[1], g.channels // g.groups
-    split = columns.reshape(g.groups, m, g.taps, depth).transpose(1, 2, 0, 3)
-    return split.reshape(m, g.taps * g.channels)
+    split = columns.reshape(g.groups, m, -1, depth).transpose(1, 2, 0, 3)
+    return split.reshape(m, -1)
 
 
 def _inside(padded: np.ndarray, g: ConvGeometry) -> np.ndarray:
@@ -363,11 +379,11 @@ def _windows(padded: np.ndarray, g: ConvGeometry) -> np.ndarray:
 def _numpy_forward(g, x, weight, bias):
     dtype = compute_dtype(x.dtype)
     padded = _padding(g, dtype)
-    _inside(padded, g)[...] = x.transpose(0, 2, 3, 1)
+    fill_channels_last(_inside(padded, g), x)
     windows = _windows(padded, g)
     packed = pack_weight(weight, g, dtype)
     y = np.empty((g.batch * g.positions, g.out_channels), dtype)
-    for images, lines, positions in blocks(g, g.channels * dtype.itemsize):
+    for images, lines, positions in blocks(g, g.taps * g.channels * dtype.itemsize):
         out = y[positions]
         columns = windows[images, lines].reshape(len(out), g.taps * g.channels)
         np.matmul(columns_by_group(columns, g), packed.mT, out=by_group(out, g))
@@ -382,10 +398,10 @@ def _numpy_backward(g, grad_y, x, weight, wanted):
     grad = gradient_rows(grad_y, g, dtype)
     packed = pack_weight(weight, g, dtype)
     padded, grad_padded = _padding(g, dtype), _padding(g, dtype)
-    _inside(padded, g)[...] = x.transpose(0, 2, 3, 1)
+    fill_channels_last(_inside(padded, g), x)
     windows, grad_windows = _windows(padded, g), _windows(grad_padded, g)
     grad_packed = np.zeros_like(packed)
-    for images, lines, positions in blocks(g, g.channels * dtype.itemsize):
+    for images, lines, positions in blocks(g, g.taps * g.channels * dtype.itemsize):
         grad_out = by_group(grad[positions], g)
         seen, grad_seen = windows[images, lines], grad_windows[images, lines]
         if "weight" in wanted:

@@ -47,11 +47,12 @@ from deformable.conv import (
     image_rows,
     index_type,
     pack_weight,
+    tap_slices,
     unpack_weight,
 )
 
 SAMPLES = 64  # planned together by a block of threads
-SAMPLE_BYTES = 64  # about: of finding a sample, and of its row of the sparse matrix
+SAMPLE_BYTES = 64  # about: of finding a sample on the CPU, and of its row of the sparse matrix
 
 
 class DeformConv2dGradients(NamedTuple):
@@ -235,9 +236,9 @@ def _gradients(
 
 
 def _sampler(g, offset, mask, dtype):
-    """A function that answers the samples, and their masks, of a block of positions.
+    """A function that answers the samples, and their masks, of some taps of a block of positions.
 
-    A block has its samples in the order of its columns: (image, row, column, tap, offset group).
+    Samples are in the order of the columns: (image, row, column, tap, offset group).
     """
     size = (g.out_height, g.out_width)
     offset = offset.reshape(g.batch, g.offset_groups, g.taps, 2, *size).transpose(3, 0, 4, 5, 2, 1)
@@ -250,19 +251,22 @@ def _sampler(g, offset, mask, dtype):
     grid_y = grid_y.astype(dtype).reshape(g.out_height, 1, g.taps, 1)
     grid_x = grid_x.astype(dtype).reshape(g.out_width, g.taps, 1)
 
-    def samples_of(images, lines):
-        dy, dx = offset[:, images, lines]
-        y = np.add(dy, grid_y[lines], out=np.empty(dy.shape, dtype))
-        x = np.add(dx, grid_x, out=np.empty(dx.shape, dtype))
-        scale = None if mask is None else mask[images, lines].astype(dtype, order="C").ravel()
+    def samples_of(images, lines, taps):
+        dy, dx = offset[:, images, lines, :, taps]
+        y = np.add(dy, grid_y[lines, :, taps], out=np.empty(dy.shape, dtype))
+        x = np.add(dx, grid_x[:, taps], out=np.empty(dx.shape, dtype))
+        scale = None if mask is None else mask[images, lines, :, taps].astype(dtype, order="C")
+        scale = None if scale is None else scale.ravel()
         return locate(y, x, g.height, g.width, g.offset_groups), scale
 
     return samples_of
 
 
-def _tap_bytes(g, dtype):
-    """What the columns and the samples of one tap of a position take."""
-    return g.channels * dtype.itemsize + g.offset_groups * SAMPLE_BYTES
+def _blocks(g, dtype):
+    """What is sampled at a time: some taps, and for each slice of these all blocks of positions."""
+    tap_bytes = max(g.channels * dtype.itemsize, g.offset_groups * SAMPLE_BYTES)
+    for taps in tap_slices(g, tap_bytes):
+        yield taps, blocks(g, (taps.stop - taps.start) * tap_bytes)
 
 
 def _pixels(image: Array, images: slice, g: ConvGeometry) -> Array:
@@ -275,13 +279,20 @@ def _numpy_forward(g, x, offset, weight, bias, mask):
     dtype = compute_dtype(x.dtype)
     image = bordered(x, dtype)
     samples_of = _sampler(g, offset, mask, dtype)
-    packed = pack_weight(weight, g, dtype)
     y = np.empty((g.batch * g.positions, g.out_channels), dtype)
-    for images, lines, positions in blocks(g, _tap_bytes(g, dtype)):
-        samples, scale = samples_of(images, lines)
-        seen = samples.seen(_pixels(image, images, g))
-        columns = (samples.matrix(scale, seen) @ seen).reshape(-1, g.taps * g.channels)
-        np.matmul(columns_by_group(columns, g), packed.mT, out=by_group(y[positions], g))
+    for taps, some in _blocks(g, dtype):
+        packed = pack_weight(weight, g, dtype, taps)
+        for images, lines, positions in some:
+            samples, scale = samples_of(images, lines, taps)
+            seen = samples.seen(_pixels(image, images, g))
+            rows = y[positions]
+            columns = (samples.matrix(scale, seen) @ seen).reshape(len(rows), -1)
+            out, columns = by_group(rows, g), columns_by_group(columns, g)
+            if taps.start:
+                out += columns @ packed.mT
+            else:
+                np.matmul(columns, packed.mT, out=out)
+            del columns  # makes room for the next ones
     if bias is not None:
         y += bias.astype(dtype)
     return image_rows(y.astype(x.dtype, copy=False), g)
@@ -293,34 +304,38 @@ def _numpy_backward(g, grad_y, x, offset, weight, mask, wanted):
     grad = gradient_rows(grad_y, g, dtype)
     image = bordered(x, dtype)
     samples_of = _sampler(g, offset, mask, dtype)
-    packed = pack_weight(weight, g, dtype)
     grad_image: Array = np.zeros_like(image) if "x" in wanted else None
-    grad_packed, product = np.zeros_like(packed), np.empty_like(packed)
+    depth = g.channels // g.groups
+    grad_packed = np.zeros((g.groups, g.out_channels // g.groups, g.taps * depth), dtype)
     per_position = (g.batch * g.positions, g.offset_groups, g.taps)
     grad_offset = np.empty((*per_position, 2), dtype)
     grad_mask = np.empty(per_position, dtype)
-    for images, lines, positions in blocks(g, _tap_bytes(g, dtype)) if wanted - {"bias"} else ():
-        samples, scale = samples_of(images, lines)
-        seen = samples.seen(_pixels(image, images, g))
-        matrix = samples.matrix(scale, seen)
-        grad_out = by_group(grad[positions], g)
-        columns = columns_by_group((matrix @ seen).reshape(-1, g.taps * g.channels), g)
-        if "weight" in wanted:
-            grad_packed += np.matmul(grad_out.mT, columns, out=product)
-        if wanted & {"x", "offset", "mask"}:
-            grad_columns = np.matmul(grad_out, packed, out=columns)  # read, their room is free
-            grad_samples = columns_from_groups(grad_columns, g).reshape(-1, seen.shape[1])
-        if "x" in wanted:
-            grad_seen = samples.seen(_pixels(grad_image, images, g))
-            grad_seen += matrix.T @ grad_samples
-        if wanted & {"offset", "mask"}:
-            by_sample = samples.gradients(seen, grad_samples, scale)
-            along_y, along_x, along_mask = (
-                a.reshape(-1, g.taps, g.offset_groups).transpose(0, 2, 1) for a in by_sample
-            )
-            grad_offset[positions, ..., 0] = along_y
-            grad_offset[positions, ..., 1] = along_x
-            grad_mask[positions] = along_mask
+    for taps, some in _blocks(g, dtype) if wanted - {"bias"} else ():
+        packed = pack_weight(weight, g, dtype, taps)
+        grad_taps = grad_packed[..., taps.start * depth : taps.stop * depth]
+        for images, lines, positions in some:
+            samples, scale = samples_of(images, lines, taps)
+            seen = samples.seen(_pixels(image, images, g))
+            matrix = samples.matrix(scale, seen)
+            rows = grad[positions]
+            columns = (matrix @ seen).reshape(len(rows), -1)
+            grad_out, columns = by_group(rows, g), columns_by_group(columns, g)
+            if "weight" in wanted:
+                grad_taps += grad_out.mT @ columns
+            if wanted & {"x", "offset", "mask"}:
+                grad_columns = np.matmul(grad_out, packed, out=columns)  # read, their room is free
+                grad_samples = columns_from_groups(grad_columns, g).reshape(-1, seen.shape[1])
+            if "x" in wanted:
+                grad_seen = samples.seen(_pixels(grad_image, images, g))
+                grad_seen += matrix.T @ grad_samples
+            if wanted & {"offset", "mask"}:
+                by_sample = samples.gradients(seen, grad_samples, scale)
+                along_y, along_x, along_mask = (
+                    a.reshape(len(rows), -1, g.offset_groups).mT for a in by_sample
+                )
+                grad_offset[positions, :, taps, 0] = along_y
+                grad_offset[positions, :, taps, 1] = along_x
+                grad_mask[positions, :, taps] = along_mask
     inside = without_border(grad_image) if "x" in wanted else None
     return _gradients(g, x, offset, mask, wanted, inside, grad_offset, grad_packed, grad, grad_mask)
 
