@@ -28,11 +28,10 @@ TENSOR_CORES = 80  # the compute capability from which on they know bfloat16 and
 GRID_MAX = 65535  # blocks along the second and third axis of a grid
 UNIT_BYTES = 16  # of channels that a lane loads at once
 STEP_UNITS = 4  # of a position that are multiplied at once, one by each lane of a quad
-STAGES = 3  # steps whose weights are in shared memory
 WIDTHS = (32, 64, 128)  # output channels of a tile
 WARPS = 8  # of a multiprocessor, which the registers suffice for
 LEAST_STEPS = 8  # of a block where sums are split
-LEAST_PLANNED = 4  # slots planned at once, for which fewer blocks share a multiprocessor
+LEAST_PLANNED = 2  # slots planned at once, for which fewer blocks share a multiprocessor
 DEPTHWISE_PLAN = 32 << 10  # bytes of shared memory
 
 
@@ -182,10 +181,10 @@ def variant(
     split = -(-steps // parts)
 
     positions = 32 * warps
-    ring = STAGES * stage * UNIT_BYTES
+    fixed = 2 * stage * UNIT_BYTES + (positions * tile_n * 4 if terms == 3 else 0)
     slot = samples * positions * corners * (4 if corners == 1 else 8)
     for blocks_at_once in range(WARPS // warps, 0, -1):
-        room = shared // blocks_at_once - (1 << 10) - positions * 12 - ring
+        room = shared // blocks_at_once - (1 << 10) - positions * 12 - fixed
         if room >= slot * min(slots, LEAST_PLANNED):
             break
     planned = max(1, min(slots, 32, room // slot))
@@ -194,7 +193,7 @@ def variant(
         warps=warps,
         grid=(-(-g.batch * g.positions // positions), g.groups * tiles, -(-steps // split)),
         stage=stage,
-        shared=ring + planned * slot,
+        shared=fixed + planned * slot,
         layout=Layout(
             depth=depth, outs=outs, run=run, run_bytes=run * itemsize, runs=depth // run,
             rows=g.channels // run, rows_shared=g.channels // g.offset_groups // run,
@@ -211,8 +210,8 @@ def _product(g, image, weight, bias, offset, mask, y, macros):
     l, parts = v.layout, v.grid[2]  # noqa: E741
     sums = y if parts == 1 else xp.empty((parts, *y.shape), np.float32)
     units = v.grid[1] * l.steps * v.stage
-    # steps ahead of the last one are fetched too, though never used
-    packed = xp.empty((units + (STAGES - 1) * v.stage, UNIT_BYTES // 4), np.uint32)
+    # the step after the last one is fetched too, though never used
+    packed = xp.empty((units + v.stage, UNIT_BYTES // 4), np.uint32)
     samples = xp.empty((g.groups * l.slots * l.samples, 4), np.int32)
     macros = macros | {
         "TERMS": terms,
@@ -227,7 +226,7 @@ def _product(g, image, weight, bias, offset, mask, y, macros):
         **macros,
     )  # fmt: skip
     _cuda.launch(
-        "fused_conv.cu", "fused_conv", v.grid, (32 * v.warps,),
+        "fused_conv.cu", "fused_conv", v.grid, (32, v.warps),
         image, offset, mask, packed, samples, bias if parts == 1 else None, sums,
         g, l, _strides(offset), _strides(mask),
         shared=v.shared, **macros,

@@ -7,7 +7,8 @@
 //   plan      once per sample: pixels and weights of its corners, into shared memory
 //   gather    16 bytes of every corner's channels per lane, for the next step
 //   blend     weighted sum of the corners in float32
-//   multiply  on tensor cores, with weights that cp.async brings STAGES - 1 steps ahead
+//   multiply  on tensor cores, with weights that cp.async has brought meanwhile
+//   promote   of three terms: the sums of CHAIN steps are added to totals in shared memory
 //   store     bias, rounding, 16 bytes per lane
 //
 // What a lane has blended IS its fragment of A. An mma wants of lane 4·q + t, in row q (and q + 8), the
@@ -32,11 +33,12 @@
 // VEC (channels per load), OFFSET, MASK, OUT (float: partial sums of a split product).
 #include "fused_product.cuh"
 
-constexpr int STAGES = 3;
 constexpr int TILE_M = 32 * WARPS, THREADS = 32 * WARPS;
 constexpr int BLOCKS = (TILE_N * TERMS < 64 ? 12 : 8) / WARPS;  // of a multiprocessor: registers
 constexpr int N8 = TILE_N / 8;
 constexpr int STAGE = N8 * 32 * (TERMS == 3 ? 2 : 1);  // 16-byte units of weights in a step
+constexpr int CHAIN = 8;  // steps; with K = 4608 the error is 1.5e-6 of the scale
+constexpr int TOTALS = TERMS == 3 ? 2 * N8 * THREADS : 0;  // of four sums each
 
 struct Layout {
   int depth, outs;  // channels and output channels of a group of weights
@@ -67,6 +69,13 @@ __device__ __forceinline__ Step step_at(const Layout& l, int step) {
   const int plan = step / (l.planned * l.chunks), rest = step - plan * l.planned * l.chunks;
   const int slots = min(l.planned, l.slots - plan * l.planned);
   return {plan * l.planned, slots, rest % slots, rest / slots};
+}
+
+// The first step of the chunk after the one that a step is in.
+__device__ __forceinline__ Step next_chunk(const Layout& l, const Step& at) {
+  if (at.chunk + 1 < l.chunks) return {at.first_slot, at.slots, 0, at.chunk + 1};
+  const int slot = at.first_slot + at.slots;
+  return {slot, min(l.planned, l.slots - slot), 0, 0};
 }
 
 // A sample of a group of weights: a tap of a run.
@@ -130,7 +139,7 @@ constexpr int SAMPLE = (CORNERS == 1 ? 1 : 2) * TILE_M;  // cells
 __device__ __forceinline__ u32 plan_slots(const ConvGeometry& g, const Layout& l,
                                           const Places& places, const OutputPixel& out,
                                           const SampleId* samples, int slots, Cell* own) {
-  u32 inside = 0xffffffffu;
+  u32 inside = static_cast<u32>((1ull << slots) - 1);
   __syncwarp();  // the last plan has been read
   for (int n = 0; n < slots * l.samples; ++n) {
     const SampleId sample = samples[n];
@@ -225,8 +234,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                OUT* __restrict__ y, const ConvGeometry g, const Layout l,
                const Strides offset_strides, const Strides mask_strides) {
   __shared__ OutputPixel outputs[TILE_M];
-  DYN_SHARED(Unit, ring);
-  Cell* const plan = reinterpret_cast<Cell*>(ring + STAGES * STAGE);
+  DYN_SHARED(Unit, ring);  // the weights of two steps, totals, the plan
+  Quad* const totals = reinterpret_cast<Quad*>(ring + 2 * STAGE);
+  Cell* const plan = reinterpret_cast<Cell*>(totals + TOTALS);
   const Places places = {offset, mask, offset_strides, mask_strides};
 
   // a grid of tiles of positions, tiles of the output channels of every group, parts of the product
@@ -235,83 +245,85 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int begin = blockIdx.z * l.split, first_step = blockIdx.y * l.steps + begin;
   const int steps = min(l.split, l.steps - begin);
 
-  const int lane = threadIdx.x % 32, t = lane % 4;
-  const int warp_row = threadIdx.x - lane, row = warp_row + lane / 4;
+  const int lane = threadIdx.x, warp = threadIdx.y, t = lane % 4;
+  const int thread = 32 * warp + lane, row = 32 * warp + lane / 4;
   const int own_bytes = (t & ((1 << l.lane_bits) - 1)) * 16;
   const Cell* const first_sample = plan + (t >> l.lane_bits) * SAMPLE + row;
 
   // a thread plans one position (and multiplies four, of its own warp)
-  const int position = first_position + threadIdx.x;
-  outputs[threadIdx.x] = output_pixel(g, min(position, positions - 1));
-  if (position >= positions) outputs[threadIdx.x].image = -1;
+  const int position = first_position + thread;
+  outputs[thread] = output_pixel(g, min(position, positions - 1));
+  if (position >= positions) outputs[thread].image = -1;
 
-  // a warp copies a piece of its own of the weights: the addresses of a lane differ by constants
-  const int piece = warp_row * (STAGE / THREADS) + lane;
-  const Unit* const weights = packed + static_cast<int64>(first_step) * STAGE + piece;
   for (bool corrected = true;; corrected = false) {
-    const auto fetch = [&](int step, int stage) {
-      const char* from = advance(reinterpret_cast<const char*>(weights), step, STAGE * sizeof(Unit));
+    // a warp copies a piece of its own of the weights: the addresses of a lane differ by constants
+    const int piece = warp * (STAGE / WARPS);
+    const Unit* weights = packed + static_cast<int64>(first_step) * STAGE + piece + lane;
+    const auto fetch = [&](int stage) {
 #pragma unroll
-      for (int i = 0; i < STAGE / WARPS; i += 32) {
-        cp_async<16>(ring + stage + piece + i, from + i * sizeof(Unit));
-      }
+      for (int i = 0; i < STAGE / WARPS; i += 32) cp_async<16>(ring + stage + piece + i, weights + i);
       cp_async_commit();
+      weights += STAGE;
     };
-    for (int s = 0; s < STAGES - 1; ++s) fetch(s, s * STAGE);
 
-    Sums sums = {};
+    Step at = step_at(l, begin);     // the first one of the next chunk
+    int planned_slot = -1;           // the first one of the plan
+    u32 planned = 0;                 // a bit for each of its slots: all corners lie inside
+    const Cell* sample = nullptr;    // of the lane in this step
+    const char* channels = nullptr;  // of the lane in this chunk
+    int slots = 0, channels_left = 0;
+    u32 inside = 0;  // a bit for each of the slots that are left: nothing to check
     Unit seen[ROWS][CORNERS];
-    Step at = step_at(l, begin);
-    const Cell* sample = first_sample;  // of the lane in this step
-    const char* channels = nullptr;     // of the lane in this chunk
-    int slots = 0, left = 0;            // planned slots, and those that remain for this chunk
-    u32 planned = 0, inside = 0;        // a bit for each: whether all of their corners lie inside
-    int stage = (STAGES - 1) * STAGE, free_stage = 0;
-    for (int step = -1; step < steps; ++step) {
-      Unit a[ROWS];
-      if (step >= 0) {
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) blend(a[r], seen[r], sample[TILE_M + 8 * r].weights);
-        sample += l.samples * SAMPLE;
-        inside >>= 1;
-        --left;
-      }
-      if (left == 0) {
-        if (slots == 0 || at.chunk == l.chunks) {
-          if (slots) at.chunk = 0;
-          at.first_slot += slots;
-          slots = min(l.planned, l.slots - at.first_slot);
-          planned = plan_slots(g, l, places, outputs[threadIdx.x],
-                               samples + (group * l.slots + at.first_slot) * l.samples, slots,
-                               plan + threadIdx.x);
+    const auto gather_next = [&]() {
+      if (slots == 0) {
+        if (at.first_slot != planned_slot) {
+          planned_slot = at.first_slot;
+          planned = plan_slots(g, l, places, outputs[thread],
+                               samples + (group * l.slots + at.first_slot) * l.samples, at.slots,
+                               plan + thread);
         }
-        channels = reinterpret_cast<const char*>(image) + at.chunk * l.step_bytes + own_bytes;
-        ++at.chunk;
-        inside = slots > 0 && at.chunk * l.step_bytes <= l.run_bytes ? planned >> at.slot : 0;
-        left = slots - at.slot;
+        const int first_byte = at.chunk * l.step_bytes + own_bytes;
+        channels = reinterpret_cast<const char*>(image) + first_byte;
+        channels_left = (l.run_bytes - first_byte) / static_cast<int>(sizeof(T));
+        inside = (at.chunk + 1) * l.step_bytes <= l.run_bytes ? planned >> at.slot : 0;
         sample = first_sample + at.slot * l.samples * SAMPLE;
-        at.slot = 0;
+        slots = at.slots - at.slot;
+        at = next_chunk(l, at);
       }
       if (inside & 1) {
-        gather<false>(seen, channels, l.run_bytes, sample, 0);
+        gather<false>(seen, channels, l.run_bytes, sample, UNIT);
       } else {
-        const int before = (at.chunk - 1) * l.step_bytes + own_bytes;
-        gather<true>(seen, channels, l.run_bytes, sample, (l.run_bytes - before) / int(sizeof(T)));
+        gather<true>(seen, channels, l.run_bytes, sample, channels_left);
       }
-      if (step >= 0) {
-        cp_async_wait<STAGES - 2>();
-        __syncthreads();
-        fetch(step + STAGES - 1, free_stage);
-        if (TERMS == 1 || corrected) {
-          multiply_step<true>(sums, a, ring + stage + lane, l.outs - tile * TILE_N);
-        } else {
-          multiply_step<false>(sums, a, ring + stage + lane, l.outs - tile * TILE_N);
-        }
+    };
+
+    for (int i = thread; i < TOTALS; i += THREADS) totals[i] = {};
+    Sums sums = {};
+    int stage = lane;  // of the ring: a lane's first unit of the weights of this step
+    fetch(stage);
+    gather_next();
+    for (int left = steps; left > 0; --left) {
+      Unit a[ROWS];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) blend(a[r], seen[r], sample[TILE_M + 8 * r].weights);
+      sample += l.samples * SAMPLE;
+      inside >>= 1;
+      --slots;
+      gather_next();
+
+      cp_async_wait<0>();
+      __syncthreads();
+      fetch(stage ^ STAGE);
+      if (TERMS == 1 || corrected) {
+        multiply_step<true>(sums, a, ring + stage, l.outs - tile * TILE_N);
+      } else {
+        multiply_step<false>(sums, a, ring + stage, l.outs - tile * TILE_N);
       }
-      free_stage = stage;
-      stage = stage == (STAGES - 1) * STAGE ? 0 : stage + STAGE;
+      if (TERMS == 3 && left % CHAIN == 0) promote<false, THREADS>(sums, totals + thread);
+      stage ^= STAGE;
     }
 
+    if (TERMS == 3) promote<true, THREADS>(sums, totals + thread);
     cp_async_wait<0>();
     const int first = group * l.outs + tile * TILE_N;
     const bool nan = store(y + static_cast<int64>(blockIdx.z) * positions * g.out_channels, bias,

@@ -144,10 +144,10 @@ __device__ __forceinline__ void multiply(float (*sums)[2][4], const Unit (&a)[RO
   }
 }
 
-// The products of a step, with the first `outs` output channels of the tile. Three TF32 products stand
-// for one of float32: with x = high + low, a b = low high' + high low' + high high' but for 2^-21 of
-// it. Tensor cores add with truncation, so that a step's sum, of 16 channels, is added to the others
-// outside of them. Not `corrected`: high high' alone.
+// Adds the products of a step, with the first `outs` output channels of the tile. Three TF32 products
+// stand for one of float32: with x = high + low, a b = low high' + high low' + high high' but for
+// 2^-21 of it. Not `corrected`: high high' alone. Tensor cores add with truncation, which is for the
+// caller to keep in bounds: see `promote`.
 template <bool CORRECTED, int N8>
 __device__ __forceinline__ void multiply_step(float (&sums)[N8][2][4], const Unit (&a)[ROWS],
                                               const Unit* stage, int outs) {
@@ -155,40 +155,55 @@ __device__ __forceinline__ void multiply_step(float (&sums)[N8][2][4], const Uni
   Unit high[ROWS], low[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
+    high[r] = a[r];
 #pragma unroll
     for (int i = 0; i < 4 && TERMS == 3; ++i) split_tf32(a[r].reg[i], high[r].reg[i], low[r].reg[i]);
   }
 #pragma unroll
   for (int first = 0; first < N8; first += TILES) {
-    if (8 * first >= outs) continue;  // as a branch, it also keeps the loads of too many weights apart
+    // as a branch, it also keeps the loads of too many weights apart
+    if (first > 0 && 8 * first >= outs) continue;
     Unit b[TILES], b_low[TILES];
 #pragma unroll
     for (int j = 0; j < TILES; ++j) b[j] = stage[32 * (first + j)];
-    if constexpr (TERMS == 1) {
-      multiply(sums + first, a, b);
-    } else {
-      float step_sums[TILES][2][4] = {};
-      if constexpr (CORRECTED) {
+    if constexpr (TERMS == 3 && CORRECTED) {
 #pragma unroll
-        for (int j = 0; j < TILES; ++j) b_low[j] = stage[32 * (N8 + first + j)];
-        multiply(step_sums, low, b);
-        multiply(step_sums, high, b_low);
-      }
-      multiply(step_sums, high, b);
-#pragma unroll
-      for (int i = 0; i < 8 * TILES; ++i) {
-        sums[first + i / 8][i / 4 % 2][i % 4] += step_sums[i / 8][i / 4 % 2][i % 4];
-      }
+      for (int j = 0; j < TILES; ++j) b_low[j] = stage[32 * (N8 + first + j)];
+      multiply(sums + first, low, b);
+      multiply(sums + first, high, b_low);
     }
+    multiply(sums + first, high, b);
+  }
+}
+
+struct alignas(16) Quad {
+  float value[4];
+};
+
+// Adds sums, which tensor cores have truncated in every step, to the thread's totals in shared memory.
+// The sums begin again at zero; the LAST time they become the totals.
+template <bool LAST, int THREADS, int N8>
+__device__ __forceinline__ void promote(float (&sums)[N8][2][4], Quad* totals) {
+#pragma unroll
+  for (int j = 0; j < 2 * N8; ++j) {
+    Quad total = totals[THREADS * j];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& sum = sums[j / 2][j % 2][i];
+      total.value[i] += sum;
+      sum = LAST ? total.value[i] : 0;
+    }
+    totals[THREADS * j] = total;
   }
 }
 
 // Whether any thread of the block says so.
 __device__ __forceinline__ bool any_of_block(bool mine) {
   __shared__ int found[WARPS];
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
   const bool any = __any_sync(0xffffffffu, mine);
-  __syncthreads();  // nobody reads an earlier answer, or the ring, any more
-  if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = any;
+  __syncthreads();  // nobody reads an earlier answer, or what comes before, any more
+  if (thread % 32 == 0) found[thread / 32] = any;
   __syncthreads();
   bool all_found = false;
 #pragma unroll
