@@ -29,6 +29,7 @@ if not HAVE_GPU:
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, help="random calls of every operator, in all dtypes")
+    parser.addoption("--large", action="store_true", help="also what takes 20 GiB of memory")
 
 
 ORDERS = ["cupy"] if HAVE_GPU else ["cupy", "cupy-reversed"]

@@ -11,8 +11,8 @@ struct RoIGeometry {
 
   __device__ int planes() const { return group_h * group_w * classes; }
   __device__ int depth() const { return channels / planes(); }
-  __device__ int bins() const { return pooled_h * pooled_w * classes; }
-  __device__ index_t rows() const { return static_cast<index_t>(rois) * bins(); }
+  __device__ index_t bins() const { return static_cast<index_t>(pooled_h) * pooled_w * classes; }
+  __device__ index_t rows() const { return rois * bins(); }
   __device__ bool shifted() const { return part_h > 0; }
 };
 
@@ -141,9 +141,9 @@ struct Bin {
 
 __device__ __forceinline__ Bin bin_of(const RoIGeometry& g, index_t row) {
   const int roi = static_cast<int>(row / g.bins());
-  const int place = static_cast<int>(row - static_cast<index_t>(roi) * g.bins());
-  const int bin = place / g.classes;
-  return {roi, bin / g.pooled_w, bin % g.pooled_w, place % g.classes};
+  const index_t place = row - roi * g.bins(), bin = place / g.classes;
+  return {roi, static_cast<int>(bin / g.pooled_w), static_cast<int>(bin % g.pooled_w),
+          static_cast<int>(place % g.classes)};
 }
 
 __device__ __forceinline__ index_t row_of(const RoIGeometry& g, const Bin& bin) {
