@@ -176,9 +176,9 @@ def fill_channels_last(out: np.ndarray, x: np.ndarray) -> None:
 
 def channels_last(x: Array, dtype: np.dtype) -> Array:
     """The (N, C, H, W) image as a contiguous (N, H, W, C) array; no copy if it lies so already."""
-    seen = x.transpose(0, 2, 3, 1)
-    if not isinstance(x, np.ndarray) or seen.flags.c_contiguous:
-        return array_module(x).ascontiguousarray(seen, dtype=dtype)
+    xp, seen = array_module(x), x.transpose(0, 2, 3, 1)
+    if xp is not np or seen.flags.c_contiguous:
+        return xp.ascontiguousarray(seen, dtype=dtype)
     out = np.empty(seen.shape, dtype)
     fill_channels_last(out, x)
     return out
