@@ -392,6 +392,10 @@ def lay(rng, xp, value):
     order = [int(axis) for axis in rng.permutation(value.ndim)]
     steps = rng.choice((1, 1, 1, -1, 2, -3, 0), value.ndim)
     before, behind = rng.integers(0, 3, (2, value.ndim))
+    if rng.random() < 0.3:  # contiguous: Fortran's order, or channels-last, or another one
+        steps, before, behind = (np.full(value.ndim, n) for n in (1, 0, 0))
+        axes = list(range(value.ndim))
+        order = [axes[::-1], axes[:1] + axes[2:] + axes[1:2], order][rng.integers(3)]
     shape, view = [], []
     for axis in range(value.ndim):
         length = (value.shape[axis] - 1) * abs(int(steps[axis])) + 1 if value.shape[axis] else 0
