@@ -3,12 +3,9 @@
 The ranks are threads with a communicator of their own; where MPI is installed, processes as well.
 """
 
-import os
-import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +13,7 @@ from numpy.testing import assert_array_equal
 
 from deformable import nn
 from deformable.testing import error_bound
+from tests import mpi
 from tests.arrays import host
 
 
@@ -188,17 +186,9 @@ if comm.Get_rank() == 0:
 
 
 def test_processes_of_mpi_agree_with_one_process(tmp_path):
-    pytest.importorskip("mpi4py", exc_type=ImportError)
-    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if mpiexec is None:
-        pytest.skip("mpi4py without mpiexec")
     (tmp_path / "program.py").write_text(PROGRAM)
-    version = subprocess.run([mpiexec, "--version"], capture_output=True, text=True).stdout
-    options = ["--allow-run-as-root", "--oversubscribe"] if "Open MPI" in version else []
-    command = [mpiexec, *options, "-n", "2", sys.executable, "program.py", "gradients.npz"]
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
+    finished = mpi.run(2, "program.py", "gradients.npz", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
 
     whole = network()
     gradients(whole, *batch(np))
