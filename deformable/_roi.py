@@ -541,29 +541,45 @@ def matrix_bytes(at: Bins) -> np.ndarray:
 
 # ---- CUDA: cuda/roi.cu
 
-RUN = 10  # doubles in a Run of cuda/roi.cuh
+RUN = 11  # doubles in a Run of cuda/roi.cuh
+REACH = 4  # ints in a Reach of cuda/roi_gather.cuh
+TILE = 16  # pixels along each axis that a bin weighs together
 TILE_WIDTH = 8  # pixels of a row whose gradients a thread sums up
 
 
 class Plan(NamedTuple):
-    """Where the bins of all RoIs look, on a GPU."""
+    """Where the bins of all RoIs look, on a GPU.
 
-    runs_y: Array
-    runs_x: Array
+    Where offsets shift bins it takes 176 bytes per row; where they do not, 88 to 216 times PH + PW
+    per RoI.
+    """
+
+    runs: Array  # (K · runs, RUN): those along y, then those along x
+    table: Array | None  # (K · runs, TILE): what their first pixels weigh, if bins share them
     images: Array  # (K,)
-    keys: Array  # (K,): image · K + RoI, sorted these are the RoIs by their images
+    reaches: Array  # (K, REACH): the pixels that a RoI's bins see lie within these
 
 
-def make_plan(g: RoIGeometry, rule: Rule, rois: Array, offset: Array | None = None) -> Plan:
-    """The bins of ``rois``, shifted by ``offset``."""
+def make_plan(
+    g: RoIGeometry,
+    rule: Rule,
+    rois: Array,
+    offset: Array | None = None,
+    weights: np.dtype | None = None,
+) -> Plan:
+    """The bins of ``rois``, shifted by ``offset``; with ``weights`` of this dtype, if any."""
     xp = array_module(rois)
-    sizes = [g.rows if g.shifted else g.rois * pooled for pooled in (g.pooled_h, g.pooled_w)]
-    runs_y, runs_x = (xp.empty((size, RUN), np.float64) for size in sizes)
-    plan = Plan(runs_y, runs_x, xp.empty(g.rois, np.int32), xp.empty(g.rois, np.int64))
+    runs = 2 * g.bins if g.shifted else g.pooled_h + g.pooled_w
+    plan = Plan(
+        xp.empty((g.rois * runs, RUN), np.float64),
+        None if weights is None or g.shifted else xp.empty((g.rois * runs, TILE), weights),
+        xp.empty(g.rois, np.int32),
+        xp.empty((g.rois, REACH), np.int32),
+    )
+    threads = min(_cuda.THREADS, -(-runs // 32) * 32)
     _cuda.launch(
-        "roi.cu", "plan", (-(-max(sizes) // _cuda.THREADS),), (_cuda.THREADS,),
-        in_double(rois), in_double(offset), *plan, g, rule,
-        **macros(g, np.dtype(np.float64)),
+        "roi.cu", "plan", (g.rois,), (threads,), in_double(rois), in_double(offset), *plan, g, rule,
+        **macros(g, weights or np.dtype(np.float32)),
     )  # fmt: skip
     return plan
 
@@ -577,8 +593,9 @@ def in_double(array: Array | None) -> Array | None:
 
 def macros(g: RoIGeometry, dtype: np.dtype, vec: int = 1, rows: int = 1) -> dict[str, Any]:
     """The macros of all kernels, for blocks of so many thread rows."""
-    most = max(g.rows, g.batch * g.height * g.width)
-    index = "int" if most <= INT32_MAX else "int64"  # counts rows and pixels
+    elements = g.height * g.width * g.channels  # a tile may go beyond the image by TILE pixels
+    beyond = TILE * (g.width + 1) * g.channels
+    index = "int" if max(2 * g.rows, g.batch * elements + beyond) <= INT32_MAX else "int64"
     return {"DTYPE": dtype, "VEC": vec, "INDEX": index, "ROWS": rows, "COLUMNS": TILE_WIDTH}
 
 
@@ -604,11 +621,14 @@ def gather(
     lanes, tile_height = _block(g, vec)
     tiles = -(-g.height // tile_height) * -(-g.width // TILE_WIDTH)
     chunks = -(-g.depth // (lanes * vec))
-    keys = xp.sort(plan.keys)
-    starts = xp.searchsorted(keys, xp.arange(g.batch + 1) * g.rois)
+    order, starts = (xp.empty(size, np.int32) for size in (g.rois, g.batch + 1))
+    _cuda.launch(
+        "roi.cu", "sort_by_image", (g.batch,), (_cuda.THREADS,), plan.images, order, starts, g,
+        **macros(g, np.dtype(np.float32)),
+    )  # fmt: skip
     _cuda.launch(
         file, name, (g.batch * tiles * g.planes * chunks,), (lanes, tile_height),
-        *rows, plan.runs_y, plan.runs_x, keys, starts, grad_image, *args,
+        *rows, plan.runs, order, starts, plan.reaches, grad_image, *args,
         **macros(g, dtype, vec, tile_height),
     )  # fmt: skip
     return image_from_rows(grad_image, g)
@@ -622,7 +642,7 @@ def cuda_maximum(file: str, g: RoIGeometry, rule: Rule, x: Array, rois: Array) -
         plan = make_plan(g, rule, rois)
         launch_bins(
             file, "maximum", g, (image, y),
-            image, plan.runs_y, plan.runs_x, plan.images, y, None, None, g,
+            image, plan.runs, plan.images, y, None, None, g,
         )  # fmt: skip
         return output_from_rows(y, g)
 
@@ -638,7 +658,7 @@ def cuda_maximum_backward(
         plan = make_plan(g, rule, rois)
         launch_bins(
             file, "maximum", g, (image, winner_y, winner_x),
-            image, plan.runs_y, plan.runs_x, plan.images, None, winner_y, winner_x, g,
+            image, plan.runs, plan.images, None, winner_y, winner_x, g,
         )  # fmt: skip
         grad = output_rows(grad_y, g, x.dtype)
         rows = grad, winner_y, winner_x

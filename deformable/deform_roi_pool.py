@@ -411,7 +411,7 @@ def _sum_over_parts(g, box, along_y, along_x):
 def _cuda_backward(function, g, rule, grad_y, x, rois, offset, mask, wanted):
     with x.device:
         xp, dtype = array_module(x), compute_dtype(x.dtype)
-        plan = make_plan(g, rule, rois, offset)
+        plan = make_plan(g, rule, rois, offset, dtype)
         grad = output_rows(grad_y, g, x.dtype)
         grad_image = grad_offset = grad_mask = None
         if "x" in wanted:
@@ -421,7 +421,7 @@ def _cuda_backward(function, g, rule, grad_y, x, rois, offset, mask, wanted):
             along = xp.empty((g.rows, 3), dtype)
             launch_bins(
                 "deform_roi_pool.cu", "offset_gradient", g, (image, grad),
-                image, grad, plan.runs_y, plan.runs_x, plan.images, in_double(mask), along,
+                image, grad, plan.runs, plan.images, in_double(mask), along,
                 g, rule,
             )  # fmt: skip
         if "offset" in wanted:

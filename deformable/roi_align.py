@@ -339,19 +339,19 @@ def _numpy_average_backward(function, g, rule, grad_y, x, rois):
 
 def _cuda_average(function, g, rule, x, rois, offset, mask):
     with x.device:
-        plan = make_plan(g, rule, rois, offset)
+        plan = make_plan(g, rule, rois, offset, compute_dtype(x.dtype))
         image = arrange(x, g, x.dtype)
         y = array_module(x).empty((g.rows, g.depth), x.dtype)
         launch_bins(
             "roi_align.cu", "average", g, (image, y),
-            image, plan.runs_y, plan.runs_x, plan.images, in_double(mask), y, g, rule,
+            image, plan.runs, plan.table, plan.images, in_double(mask), y, g, rule,
         )  # fmt: skip
         return output_from_rows(y, g)
 
 
 def _cuda_average_backward(function, g, rule, grad_y, x, rois):
     with x.device:
-        plan = make_plan(g, rule, rois)
+        plan = make_plan(g, rule, rois, weights=compute_dtype(x.dtype))
         return cuda_image_gradient(g, rule, plan, output_rows(grad_y, g, x.dtype))
 
 
@@ -359,7 +359,7 @@ def cuda_image_gradient(
     g: RoIGeometry, rule: Rule, plan: Plan, grad: Array, mask: Array | None = None
 ) -> Array:
     """Gradient of the image of :func:`average`, given that of its rows."""
-    args = in_double(mask), g, rule
+    args = plan.table, in_double(mask), g, rule
     return gather("roi_align.cu", "average_gradient", g, plan, (grad,), *args)
 
 

@@ -136,6 +136,29 @@ def test_each_image_has_its_own_rois(name, xp):
                     assert_equal_up_to(1e-12, host(xp, grad), own)
 
 
+@pytest.mark.parametrize("offsets", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_go_through_many_rois_and_tiles_of_pixels(name, offsets, xp):
+    """More RoIs of one image, and more bins near a tile, than a block has threads."""
+    if xp is np or (offsets and name not in DEFORMABLE):
+        pytest.skip("no kernels, or no offsets")
+    rng = np.random.default_rng(17)
+    arrays, keywords = random_case(
+        name, rng, n=3, k=300, depth=2, classes=2, height=37, width=18, output_size=(3, 2),
+        part=(2, 2), spatial_scale=1.0, mask=True,
+    )  # fmt: skip
+    arrays["rois"][:, 0] = rng.choice([0, 2], 300, p=[0.05, 0.95])
+    if name in DEFORMABLE and not offsets:
+        arrays["offset"] = None
+    given = {key: a if a is None else xp.asarray(a) for key, a in arrays.items()}
+    y = functions(name)[0](**arrays, **keywords)
+    assert_equal_up_to(1e-13, host(xp, functions(name)[0](**given, **keywords)), y)
+    want = gradients(name, y, arrays, keywords)
+    for key, grad in gradients(name, xp.asarray(y), given, keywords).items():
+        if grad is not None:
+            assert_equal_up_to(1e-12, host(xp, grad), want[key])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_ten_runs_are_bitwise_equal(name, xp):
     rng = np.random.default_rng(1)

@@ -7,42 +7,50 @@
 // of that along y and along x, its lanes reduced in a fixed order. along: y, x, mask.
 extern "C" __global__ void __launch_bounds__(256, 2)
     offset_gradient(const T* __restrict__ image, const T* __restrict__ grad_y,
-                    const Run* __restrict__ runs_y, const Run* __restrict__ runs_x,
+                    const Run* __restrict__ runs,
                     const int* __restrict__ images, const double* __restrict__ mask,
                     A* __restrict__ along, const RoIGeometry g, const Rule rule) {
-  __shared__ Weights tables[ROWS][2];
+  __shared__ Weights tables[ROWS];
   const index_t row = static_cast<index_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= g.rows()) return;  // only the lanes of a thread row ever wait for each other
 
   const Bin bin = bin_of(g, row);
-  const Run& along_y = run_y(g, runs_y, row, bin);
-  const Run& along_x = run_x(g, runs_x, row, bin);
-  const double mean = mean_of(rule, along_y, along_x);
-  const int image_index = images[bin.roi], plane = plane_of(g, bin), depth = g.depth();
-  Weights &weights = tables[threadIdx.y][0], &slopes = tables[threadIdx.y][1];
+  const Run& along_y = runs[run_y(g, row, bin)];
+  const Run& along_x = runs[run_x(g, row, bin)];
+  const A mean = mean_of(rule, along_y, along_x);
+  const index_t corner = pixel_offset(g, images[bin.roi], along_y.pixel, along_x.pixel,
+                                      plane_of(g, bin));
+  const int depth = g.depth();
+  Weights& weights = tables[threadIdx.y];
   A products[3] = {0, 0, 0};
   for (int ty = 0; ty < along_y.pixels; ty += TILE) {
     for (int tx = 0; tx < along_x.pixels; tx += TILE) {
-      weigh(g, along_y, along_x, ty, tx, mean, weights, &slopes);
+      list_weights(weights, [&](int axis, int place) -> Weight {
+        const Run& run = axis ? along_x : along_y;
+        const int step = (axis ? tx : ty) + place;
+        if (step >= run.pixels) return {0, 0, 0};
+        const Tap tap = tap_of(run, run.pixel + step, axis ? g.width : g.height);
+        const A factor = axis ? 1 : mean;
+        return {static_cast<A>(tap.weight) * factor, step * step_of(g, axis),
+                static_cast<A>(tap.slope) * factor};
+      });
       for (int c = threadIdx.x * VEC; c < depth; c += blockDim.x * VEC) {
         const Vector grad = load(grad_y + static_cast<int64>(row) * depth + c);
-        for (int i = 0; i < min(TILE, along_y.pixels - ty); ++i) {
-          const A weight_y = weights.along[0][i], slope_y = slopes.along[0][i];
-          if (weight_y == 0 && slope_y == 0) continue;
-          const T* pixel = image + c + pixel_offset(g, image_index, along_y.pixel + ty + i,
-                                                    along_x.pixel + tx, plane);
-          Vector line = zero(), slope = zero();
-          for (int j = 0; j < min(TILE, along_x.pixels - tx); ++j) {
-            const A weight_x = weights.along[1][j], slope_x = slopes.along[1][j];
-            if (weight_x == 0 && slope_x == 0) continue;
-            const Vector value = load(pixel + static_cast<int64>(j) * g.channels);
-            if (weight_x != 0) add(line, weight_x, value);
-            if (slope_x != 0) add(slope, slope_x, value);
+        for (int i = 0; i < weights.count[0]; ++i) {
+          const Weight& at_y = weights.along[0][i];
+          const index_t line = corner + c + at_y.offset;
+          Vector sum = zero(), slope = zero();
+#pragma unroll 4  // so many loads on their way
+          for (int j = 0; j < weights.count[1]; ++j) {
+            const Weight& at_x = weights.along[1][j];
+            const Vector value = load(image + (line + at_x.offset));
+            if (at_x.weight != 0) add(sum, at_x.weight, value);
+            if (at_x.slope != 0) add(slope, at_x.slope, value);
           }
-          const A product = dot(line, grad);
-          if (slope_y != 0) products[0] += slope_y * product;
-          if (weight_y != 0) products[1] += weight_y * dot(slope, grad);
-          if (weight_y != 0) products[2] += weight_y * product;
+          const A product = dot(sum, grad);
+          if (at_y.slope != 0) products[0] += at_y.slope * product;
+          if (at_y.weight != 0) products[1] += at_y.weight * dot(slope, grad);
+          if (at_y.weight != 0) products[2] += at_y.weight * product;
         }
       }
     }
@@ -54,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   }
   if (threadIdx.x > 0) return;
   const bool lost = isnan(along_y.start + along_x.start);
-  const A factor = static_cast<A>(mask_of(g, mask, bin));
+  const A factor = static_cast<A>(mask_of(g, mask, row));
   for (int i = 0; i < 3; ++i) {
     A product = products[i];
     if (i < 2) product = factor == 0 ? 0 : product * factor;  // what it is times may be infinite
@@ -73,11 +81,11 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   const int part_y = static_cast<int>(i / g.part_w % g.part_h);
   const index_t field = i / g.part_w / g.part_h;  // (RoI, class)
   const int roi = static_cast<int>(field / g.classes), offsets = static_cast<int>(field % g.classes);
+  const int end_y = first_of_part(part_y + 1, g.part_h, g.pooled_h);
+  const int end_x = first_of_part(part_x + 1, g.part_w, g.pooled_w);
   A sum_y = 0, sum_x = 0;
-  for (int y = 0; y < g.pooled_h; ++y) {
-    if (static_cast<int64>(y) * g.part_h / g.pooled_h != part_y) continue;
-    for (int x = 0; x < g.pooled_w; ++x) {
-      if (static_cast<int64>(x) * g.part_w / g.pooled_w != part_x) continue;
+  for (int y = first_of_part(part_y, g.part_h, g.pooled_h); y < end_y; ++y) {
+    for (int x = first_of_part(part_x, g.part_w, g.pooled_w); x < end_x; ++x) {
       const A* bin = along + 3 * static_cast<int64>(row_of(g, {roi, y, x, offsets}));
       sum_y += bin[0];
       sum_x += bin[1];

@@ -1,41 +1,87 @@
-// _roi.py: where all bins look.
-#include "roi.cuh"
+// _roi.py: where all bins look, and which RoIs an image has.
+#include "roi_gather.cuh"
 
-static_assert(sizeof(Run) == 10 * sizeof(double), "RUN in _roi.py");
+static_assert(sizeof(Run) == 11 * sizeof(double), "RUN in _roi.py");
+static_assert(sizeof(Reach) == 4 * sizeof(int), "REACH in _roi.py");
 
-// A thread makes the i-th run along y, the i-th along x and what there is of the i-th RoI: the image
-// it lies in, and a key that sorts RoIs by their images; those that are none come last.
+// A block makes the runs of a RoI, a thread one of them after the other, and finds how far the RoI
+// reaches. It takes some 300 instructions per run, and writes its 88 bytes.
 // rois (K, 5), offset (K, 2 classes, part_h, part_w); runs as in roi.cuh.
 extern "C" __global__ void __launch_bounds__(256)
     plan(const double* __restrict__ rois, const double* __restrict__ offset,
-         Run* __restrict__ runs_y, Run* __restrict__ runs_x, int* __restrict__ images,
-         int64* __restrict__ keys, const RoIGeometry g, const Rule rule) {
-  const index_t i = static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < g.rois) {
-    const int image = box_of(g, rule, rois, static_cast<int>(i)).image;
-    images[i] = max(image, 0);
-    keys[i] = static_cast<int64>(image < 0 ? g.batch : image) * g.rois + i;
-  }
-  for (int axis = 0; axis < 2; ++axis) {
-    const int pooled = axis ? g.pooled_w : g.pooled_h;
-    if (i >= (g.shifted() ? g.rows() : static_cast<index_t>(g.rois) * pooled)) continue;
-    Bin bin = g.shifted() ? bin_of(g, i) : Bin{static_cast<int>(i / pooled)};
-    if (!g.shifted()) (axis ? bin.x : bin.y) = static_cast<int>(i % pooled);
-    const Box box = box_of(g, rule, rois, bin.roi);
-    const double length = axis ? box.width : box.height;
+         Run* __restrict__ runs, A* __restrict__ table, int* __restrict__ images,
+         Reach* __restrict__ reaches, const RoIGeometry g, const Rule rule) {
+  __shared__ Reach reach;
+  const int roi = blockIdx.x;
+  const Box box = box_of(g, rule, rois, roi);
+  const int count_y = g.shifted() ? g.bins() : g.pooled_h;
+  const int count_x = g.shifted() ? g.bins() : g.pooled_w;
+  const int64 count = static_cast<int64>(count_y) + count_x;
+  const auto number = [&](int64 i) {  // of the i-th run of this RoI
+    const int64 along_y = static_cast<int64>(roi) * count_y;
+    if (i < count_y) return static_cast<index_t>(along_y + i);
+    return static_cast<index_t>(static_cast<int64>(g.rois - roi) * count_y + along_y +
+                                static_cast<int64>(roi) * count_x + i - count_y);
+  };
+  if (threadIdx.x == 0) reach = {g.height, 0, g.width, 0};
+  __syncthreads();
+  for (int64 i = threadIdx.x; i < count; i += blockDim.x) {
+    const int axis = i < count_y ? 0 : 1, place = static_cast<int>(axis ? i - count_y : i);
+    Bin bin = {roi, place, place, 0};
     double shift = 0;
+    const double length = axis ? box.width : box.height;
     if (g.shifted()) {
-      const int64 channel = (static_cast<int64>(bin.roi) * g.classes + bin.offsets) * 2 + !axis;
+      bin = bin_of(g, static_cast<index_t>(roi) * g.bins() + place);
+      const int64 channel = (static_cast<int64>(roi) * g.classes + bin.offsets) * 2 + !axis;
       const int64 part_y = static_cast<int64>(bin.y) * g.part_h / g.pooled_h;
       const int64 part_x = static_cast<int64>(bin.x) * g.part_w / g.pooled_w;
       shift = offset[(channel * g.part_h + part_y) * g.part_w + part_x];
       // an infinite offset is far outside, also where gamma or the size of the RoI is 0
       if (!isinf(shift)) shift *= g.gamma * length;
     }
-    Run* runs = axis ? runs_x : runs_y;
-    runs[i] = box.image < 0 ? Run{nan("")}
-                            : run_of(rule, axis ? box.x : box.y, length, axis ? bin.x : bin.y, pooled,
-                                     axis ? g.sampling_w : g.sampling_h, axis ? g.width : g.height,
-                                     shift);
+    Run run = {nan("")};
+    if (box.image >= 0) {
+      run = axis ? run_of(rule, box.x, length, bin.x, g.pooled_w, g.sampling_w, g.width, shift)
+                 : run_of(rule, box.y, length, bin.y, g.pooled_h, g.sampling_h, g.height, shift);
+    }
+    runs[number(i)] = run;
+    if (run.pixels == 0) continue;
+    atomicMin(axis ? &reach.x : &reach.y, run.pixel);
+    atomicMax(axis ? &reach.end_x : &reach.end_y, run.pixel + run.pixels);
+  }
+  __syncthreads();
+  for (int64 i = threadIdx.x; table && i < count * TILE; i += blockDim.x) {
+    const index_t of = number(i / TILE);
+    const int step = static_cast<int>(i % TILE), size = i / TILE < count_y ? g.height : g.width;
+    table[static_cast<int64>(of) * TILE + step] = weight_of(runs, nullptr, of, step, size);
+  }
+  if (threadIdx.x > 0) return;
+  images[roi] = max(box.image, 0);
+  reaches[roi] = reach;
+}
+
+// A block lists the RoIs of one image, in their order: order (K,), and where in it those of each
+// image begin, starts (N + 1,). It reads the images of all RoIs twice.
+extern "C" __global__ void __launch_bounds__(256)
+    sort_by_image(const int* __restrict__ images, int* __restrict__ order,
+                  int* __restrict__ starts, const RoIGeometry g) {
+  __shared__ List<int> list;
+  __shared__ int start;
+  const int image = blockIdx.x;
+  int before = 0;
+  for (int roi = threadIdx.x; roi < g.rois; roi += blockDim.x) before += images[roi] < image;
+  if (threadIdx.x == 0) start = 0;
+  __syncthreads();
+  atomicAdd(&start, before);
+  __syncthreads();
+  int to = start;
+  if (threadIdx.x == 0) starts[image] = to;
+  if (threadIdx.x == 0 && image == g.batch - 1) starts[g.batch] = g.rois;
+  for (int first = 0; first < g.rois; first += blockDim.x) {
+    const int roi = first + threadIdx.x;
+    const int found = gather_hits(roi < g.rois && images[roi] == image, roi, list);
+    if (threadIdx.x < found) order[to + threadIdx.x] = list.item[threadIdx.x];
+    to += found;
+    __syncthreads();
   }
 }

@@ -56,7 +56,8 @@ __device__ __forceinline__ Box box_of(const RoIGeometry& g, const Rule& rule, co
 // Sample i lies at start + (i + phase) * extent / total. Those in [first, end) count; of these the
 // ones in [inner, outer) lie between two pixels, the others are clamped to an outermost one.
 struct Run {
-  double start, extent, total, phase, first, inner, outer, end;
+  double start, extent, total, phase, rate;  // samples per pixel
+  double first, inner, outer, end;
   int pixel, pixels;  // the first one that it sees, and how many at most
   int backwards;      // sample 0 is the last one by the definition
 
@@ -65,10 +66,13 @@ struct Run {
     return start + __dmul_rn(i + phase, extent) / total;
   }
 
-  // How many samples lie before q: a quotient, then set right by the positions next to it.
+  // How many samples lie before q. The product is off by some rounding errors: where it is that
+  // close to a whole number, or none at all, the positions next to it decide.
   __device__ double before(double q) const {
-    double i = ceil(__dmul_rn(q - start, total / extent) - phase);
-    i = fmin(fmax(i, 0.), total);  // NaN where all samples are at q
+    const double guess = __dmul_rn(q - start, rate) - phase;
+    double i = fmin(fmax(ceil(guess), 0.), total);  // NaN where all samples are at q
+    const double error = 1e-12 * ((fabs(q) + fabs(start)) * rate + 1);
+    if (fabs(guess - rint(guess)) > error) return i;
     if (position(i - 1) >= q) i -= 1;
     if (position(i) < q) i += 1;
     return fmin(fmax(i, 0.), total);
@@ -80,7 +84,7 @@ __device__ __forceinline__ Run make_run(double start, double extent, double tota
                                         double margin, int size) {
   // a RoI that ends before it begins has the same samples, counted from the other end
   const bool backwards = extent < 0;
-  Run run = {backwards ? start + extent : start, fabs(extent), total, phase};
+  Run run = {backwards ? start + extent : start, fabs(extent), total, phase, total / fabs(extent)};
   run.first = run.before(-margin);
   run.end = run.before(nextafter(size - 1 + margin, size + margin));
   run.inner = fmin(fmax(run.before(0), run.first), run.end);
@@ -133,6 +137,17 @@ __device__ __forceinline__ Tap tap_of(const Run& run, int pixel, int size) {
   return tap;
 }
 
+// Where bins share runs a table has what the first TILE pixels of each run weigh; elsewhere it is null.
+constexpr int TILE = 16;
+
+// What the pixel so many steps after the first one weighs in the run of this number.
+__device__ __forceinline__ A weight_of(const Run* runs, const A* table, index_t number, int step,
+                                       int size) {
+  if (table && step < TILE) return table[static_cast<int64>(number) * TILE + step];
+  const Run& run = runs[number];
+  return step < run.pixels ? static_cast<A>(tap_of(run, run.pixel + step, size).weight) : 0;
+}
+
 // ---- rows: the bins of all RoIs, in the order (RoI, bin's row, bin's column, class)
 
 struct Bin {
@@ -151,71 +166,93 @@ __device__ __forceinline__ index_t row_of(const RoIGeometry& g, const Bin& bin) 
   return place * g.classes + bin.offsets;
 }
 
-// Shifted bins have runs of their own, others share those of their row and of their column.
-__device__ __forceinline__ const Run& run_y(const RoIGeometry& g, const Run* runs, index_t row,
-                                            const Bin& bin) {
-  return runs[g.shifted() ? row : static_cast<index_t>(bin.roi) * g.pooled_h + bin.y];
+// Runs along y, then those along x. Shifted bins have runs of their own, others share those of their
+// row and of their column.
+__device__ __forceinline__ index_t run_y(const RoIGeometry& g, index_t row, const Bin& bin) {
+  return g.shifted() ? row : static_cast<index_t>(bin.roi) * g.pooled_h + bin.y;
 }
-__device__ __forceinline__ const Run& run_x(const RoIGeometry& g, const Run* runs, index_t row,
-                                            const Bin& bin) {
-  return runs[g.shifted() ? row : static_cast<index_t>(bin.roi) * g.pooled_w + bin.x];
+__device__ __forceinline__ index_t run_x(const RoIGeometry& g, index_t row, const Bin& bin) {
+  if (g.shifted()) return g.rows() + row;
+  return static_cast<index_t>(g.rois) * g.pooled_h + static_cast<index_t>(bin.roi) * g.pooled_w +
+         bin.x;
+}
+
+// The first of some bins that belongs to a part of them: that with bin * parts / bins >= part.
+__device__ __forceinline__ int first_of_part(int64 part, int parts, int bins) {
+  return static_cast<int>((part * bins + parts - 1) / parts);
 }
 
 // The group of channels that a bin sees.
 __device__ __forceinline__ int plane_of(const RoIGeometry& g, const Bin& bin) {
+  if (g.planes() == 1) return 0;
   const int group_y = static_cast<int>(static_cast<int64>(bin.y) * g.group_h / g.pooled_h);
   const int group_x = static_cast<int>(static_cast<int64>(bin.x) * g.group_w / g.pooled_w);
   return (group_y * g.group_w + group_x) * g.classes + bin.offsets;
 }
 
 // The factor that makes the sum of a bin's samples their mean.
-__device__ __forceinline__ double mean_of(const Rule& rule, const Run& y, const Run& x) {
+__device__ __forceinline__ A mean_of(const Rule& rule, const Run& y, const Run& x) {
   const double along_y = rule.kept ? y.end - y.first : y.total;
   const double along_x = rule.kept ? x.end - x.first : x.total;
-  return 1 / fmax(along_y * along_x, 1.);
+  return 1 / static_cast<A>(fmax(along_y * along_x, 1.));
 }
 
 // The factor of a bin in `mask` (K, PH, PW), if there is one.
-__device__ __forceinline__ double mask_of(const RoIGeometry& g, const double* mask, const Bin& bin) {
-  const int64 roi = static_cast<int64>(bin.roi) * g.pooled_h;
-  return mask ? mask[(roi + bin.y) * g.pooled_w + bin.x] : 1;
+__device__ __forceinline__ A mask_of(const RoIGeometry& g, const double* mask, index_t row) {
+  return mask ? static_cast<A>(mask[row / g.classes]) : 1;
 }
 
-// Images are arranged as (N, H, W, planes, depth): what a bin sees of a pixel lies together.
-__device__ __forceinline__ int64 pixel_offset(const RoIGeometry& g, int image, int y, int x,
-                                              int plane) {
-  const int64 pixel = (static_cast<int64>(image) * g.height + y) * g.width + x;
+// Images are arranged as (N, H, W, planes, depth): what a bin sees of a pixel lies together. Here
+// index_t counts their elements too: with 64 bits every load would take several instructions more.
+__device__ __forceinline__ index_t pixel_offset(const RoIGeometry& g, int image, int y, int x,
+                                                int plane) {
+  const index_t pixel = (static_cast<index_t>(image) * g.height + y) * g.width + x;
   return (pixel * g.planes() + plane) * g.depth();
 }
 
-// ---- one thread row per bin
+// From a row or a column of pixels to the next one.
+__device__ __forceinline__ index_t step_of(const RoIGeometry& g, int axis) {
+  return axis ? g.channels : static_cast<index_t>(g.width) * g.channels;
+}
 
-constexpr int TILE = 16;
+// ---- one thread row per bin
 
 // The lanes of this thread row, within its warp.
 __device__ __forceinline__ unsigned row_lanes() {
   return blockDim.x == 32 ? ~0u : ((1u << blockDim.x) - 1) << (threadIdx.y * blockDim.x) % 32;
 }
 
-// A sum of hats for each of TILE pixels along y and of TILE along x, or of their slopes.
-struct Weights {
-  A along[2][TILE];
+// What a row or a column of pixels weighs in a bin, and its distance from the first one in memory.
+struct alignas(4 * sizeof(A)) Weight {
+  A weight;
+  index_t offset;
+  A slope;
 };
 
-// The lanes together weigh TILE x TILE of the pixels that a bin sees, from the y-th and x-th on.
-__device__ __forceinline__ void weigh(const RoIGeometry& g, const Run& run_y, const Run& run_x,
-                                      int y, int x, double scale, Weights& weights,
-                                      Weights* slopes = nullptr) {
+// What a bin sees of TILE x TILE pixels, along y and along x; what weighs nothing is left out.
+struct Weights {
+  Weight along[2][TILE];
+  int count[2];
+};
+
+// The lanes together list what a bin sees of a tile, half of a warp at most along each axis:
+// weigh(axis, place) answers for a pixel.
+template <class Weigh>
+__device__ __forceinline__ void list_weights(Weights& weights, Weigh weigh) {
+  const unsigned half = (1u << TILE) - 1;
+  const unsigned lanes = blockDim.x > TILE ? half << (threadIdx.x & TILE) : row_lanes();
+  const unsigned before = (1u << (threadIdx.y * blockDim.x + threadIdx.x) % 32) - 1;
+  int count = 0;
   __syncwarp(row_lanes());  // all have read what was there
   for (int i = threadIdx.x; i < 2 * TILE; i += blockDim.x) {
     const int axis = i / TILE, place = i % TILE;
-    const Run& run = axis ? run_x : run_y;
-    const int step = (axis ? x : y) + place;
-    const Tap tap = step < run.pixels ? tap_of(run, run.pixel + step, axis ? g.width : g.height)
-                                      : Tap{0, 0};
-    const double factor = axis ? 1 : scale;
-    weights.along[axis][place] = static_cast<A>(tap.weight * factor);
-    if (slopes) slopes->along[axis][place] = static_cast<A>(tap.slope * factor);
+    const Weight own = weigh(axis, place);
+    const bool counts = own.weight != 0 || own.slope != 0;
+    const unsigned seen = __ballot_sync(row_lanes(), counts) & lanes;
+    if (place < blockDim.x) count = 0;  // an axis begins
+    if (counts) weights.along[axis][count + __popc(seen & before)] = own;
+    count += __popc(seen);
+    if (threadIdx.x % TILE == 0) weights.count[axis] = count;
   }
   __syncwarp(row_lanes());
 }

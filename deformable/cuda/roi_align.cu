@@ -9,10 +9,11 @@
 
 constexpr int BATCH = 16;
 
-// A thread row computes one bin. Its lanes weigh a tile of pixels together, then each sums channels.
+// A thread row computes one bin. Its lanes weigh a tile of pixels together, then each sums channels:
+// for VEC of them it reads each pixel that weighs something once, as one vector.
 extern "C" __global__ void __launch_bounds__(256, 2)
-    average(const T* __restrict__ image, const Run* __restrict__ runs_y,
-            const Run* __restrict__ runs_x, const int* __restrict__ images,
+    average(const T* __restrict__ image, const Run* __restrict__ runs,
+            const A* __restrict__ table, const int* __restrict__ images,
             const double* __restrict__ mask, T* __restrict__ y, const RoIGeometry g,
             const Rule rule) {
   __shared__ Weights tables[ROWS];
@@ -20,29 +21,40 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   if (row >= g.rows()) return;  // only the lanes of a thread row ever wait for each other
 
   const Bin bin = bin_of(g, row);
-  const Run& along_y = run_y(g, runs_y, row, bin);
-  const Run& along_x = run_x(g, runs_x, row, bin);
-  const double scale = mean_of(rule, along_y, along_x) * mask_of(g, mask, bin);
+  const index_t number_y = run_y(g, row, bin), number_x = run_x(g, row, bin);
+  const Run &along_y = runs[number_y], &along_x = runs[number_x];
+  const A scale = mean_of(rule, along_y, along_x) * mask_of(g, mask, row);
   const bool lost = isnan(along_y.start + along_x.start + scale);
   const bool one_tile = along_y.pixels <= TILE && along_x.pixels <= TILE;
-  const int image_index = images[bin.roi], plane = plane_of(g, bin), depth = g.depth();
+  const index_t corner = pixel_offset(g, images[bin.roi], along_y.pixel, along_x.pixel,
+                                      plane_of(g, bin));
+  const int depth = g.depth();
   Weights& weights = tables[threadIdx.y];
   for (int first = 0; first < depth; first += blockDim.x * VEC) {
     const int c = first + threadIdx.x * VEC;
     Vector sum = zero();
     for (int ty = 0; ty < along_y.pixels; ty += TILE) {
       for (int tx = 0; tx < along_x.pixels; tx += TILE) {
-        if (first == 0 || !one_tile) weigh(g, along_y, along_x, ty, tx, scale, weights);
-        for (int i = 0; i < min(TILE, along_y.pixels - ty) && c < depth; ++i) {
-          if (weights.along[0][i] == 0) continue;
-          const T* pixel = image + c + pixel_offset(g, image_index, along_y.pixel + ty + i,
-                                                    along_x.pixel + tx, plane);
-          Vector line = zero();
-          for (int j = 0; j < min(TILE, along_x.pixels - tx); ++j) {
-            if (weights.along[1][j] == 0) continue;
-            add(line, weights.along[1][j], load(pixel + static_cast<int64>(j) * g.channels));
+        if (first == 0 || !one_tile) {
+          list_weights(weights, [&](int axis, int place) -> Weight {
+            const int step = (axis ? tx : ty) + place;
+            const A weight = weight_of(runs, table, axis ? number_x : number_y, step,
+                                       axis ? g.width : g.height);
+            // the mask may be infinite
+            return {axis == 1 || weight == 0 ? weight : weight * scale, step * step_of(g, axis), 0};
+          });
+        }
+        if (c >= depth) continue;
+        for (int i = 0; i < weights.count[0]; ++i) {
+          const Weight& at_y = weights.along[0][i];
+          const index_t line = corner + c + at_y.offset;
+          Vector of_line = zero();
+#pragma unroll 4  // so many loads on their way
+          for (int j = 0; j < weights.count[1]; ++j) {
+            const Weight& at_x = weights.along[1][j];
+            add(of_line, at_x.weight, load(image + (line + at_x.offset)));
           }
-          add(sum, weights.along[0][i], line);
+          add(sum, at_y.weight, of_line);
         }
       }
     }
@@ -51,43 +63,43 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 }
 
 // A block gathers the gradient of a tile of pixels, a thread that of COLUMNS of them. The weights of
-// BATCH bins are computed together; per bin and row of pixels a channel is read once.
+// BATCH bins are computed together; per bin and row of pixels that it sees a channel is read once.
 extern "C" __global__ void __launch_bounds__(256, 1)
-    average_gradient(const T* __restrict__ grad_y, const Run* __restrict__ runs_y,
-                     const Run* __restrict__ runs_x, const int64* __restrict__ keys,
-                     const int64* __restrict__ starts, T* __restrict__ grad_image,
+    average_gradient(const T* __restrict__ grad_y, const Run* __restrict__ runs, const int* __restrict__ order,
+                     const int* __restrict__ starts, const Reach* __restrict__ reaches,
+                     T* __restrict__ grad_image, const A* __restrict__ table,
                      const double* __restrict__ mask, const RoIGeometry g, const Rule rule) {
-  __shared__ List rois, rows;
+  __shared__ List<int> near;
+  __shared__ List<Hit> hits;
   __shared__ A weights[BATCH][ROWS + COLUMNS];  // of a column and of a row of pixels
   const PixelTile tile = pixel_tile(g);
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
   const int depth = g.depth();
   Vector sums[COLUMNS];
   for (int i = 0; i < COLUMNS; ++i) sums[i] = zero();
-  for_bins_that_see(tile, g, runs_y, runs_x, keys, starts, rois, rows, [&](int found) {
+  for_bins_that_see(tile, g, runs, {order, starts, reaches}, near, hits, [&](int found) {
     for (int first = 0; first < found; first += BATCH) {
       const int size = min(BATCH, found - first);
       for (int i = thread; i < size * (ROWS + COLUMNS); i += threads) {
         const int b = i / (ROWS + COLUMNS), place = i % (ROWS + COLUMNS);
-        const index_t row = rows.item[first + b];
-        const Bin bin = bin_of(g, row);
-        const Run& y = run_y(g, runs_y, row, bin);
-        const Run& x = run_x(g, runs_x, row, bin);
         const bool along_y = place < ROWS;
-        const Run& run = along_y ? y : x;
-        const int pixel = along_y ? tile.y + place : tile.x + place - ROWS;
-        double weight = 0;
-        if (pixel >= run.pixel && pixel < run.pixel + run.pixels) {
-          weight = tap_of(run, pixel, along_y ? g.height : g.width).weight;
+        const Hit hit = hits.item[first + b];
+        const index_t number = along_y ? hit.y : hit.x;
+        const int step = (along_y ? tile.y + place : tile.x + place - ROWS) - runs[number].pixel;
+        A weight = 0;
+        if (step >= 0) {
+          weight = weight_of(runs, table, number, step, along_y ? g.height : g.width);
         }
-        if (along_y && weight != 0) weight *= mean_of(rule, y, x) * mask_of(g, mask, bin);
-        weights[b][place] = static_cast<A>(weight);
+        if (along_y && weight != 0) {
+          weight *= mean_of(rule, runs[hit.y], runs[hit.x]) * mask_of(g, mask, hit.row);
+        }
+        weights[b][place] = weight;
       }
       __syncthreads();
       for (int b = 0; b < size && tile.channel < depth; ++b) {
         const A along_y = weights[b][threadIdx.y];
         if (along_y == 0) continue;
-        const int64 row = rows.item[first + b];
+        const int64 row = hits.item[first + b].row;
         const Vector grad = load(grad_y + row * depth + tile.channel);
 #pragma unroll
         for (int i = 0; i < COLUMNS; ++i) {
@@ -124,16 +136,15 @@ __device__ __forceinline__ bool skips(const Run& run) {
 // A thread row finds the largest sample of one bin, for each channel: its value, or where it lies,
 // from the first pixel on that the bin sees (roi_winner.cuh).
 extern "C" __global__ void __launch_bounds__(256, 2)
-    maximum(const T* __restrict__ image, const Run* __restrict__ runs_y,
-            const Run* __restrict__ runs_x, const int* __restrict__ images, T* __restrict__ y,
+    maximum(const T* __restrict__ image, const Run* __restrict__ runs, const int* __restrict__ images, T* __restrict__ y,
             A* __restrict__ winner_y, A* __restrict__ winner_x, const RoIGeometry g) {
   __shared__ Place tables[ROWS][TILE];
   const index_t row = static_cast<index_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= g.rows()) return;  // only the lanes of a thread row ever wait for each other
 
   const Bin bin = bin_of(g, row);
-  const Run& along_y = run_y(g, runs_y, row, bin);
-  const Run& along_x = run_x(g, runs_x, row, bin);
+  const Run& along_y = runs[run_y(g, row, bin)];
+  const Run& along_x = runs[run_x(g, row, bin)];
   const int64 kept_y = static_cast<int64>(along_y.end - along_y.first);
   const int64 kept_x = static_cast<int64>(along_x.end - along_x.first);
   // Samples outside are all 0: the first of them, before sample number `stand_in`, stands for all

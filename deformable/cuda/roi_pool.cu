@@ -8,15 +8,14 @@
 // A thread row goes through one cell, its lanes through the channels: a read and a comparison for
 // every pixel. Answers the largest value, or where it lies (roi_winner.cuh).
 extern "C" __global__ void __launch_bounds__(256, 2)
-    maximum(const T* __restrict__ image, const Run* __restrict__ runs_y,
-            const Run* __restrict__ runs_x, const int* __restrict__ images, T* __restrict__ y,
+    maximum(const T* __restrict__ image, const Run* __restrict__ runs, const int* __restrict__ images, T* __restrict__ y,
             A* __restrict__ winner_y, A* __restrict__ winner_x, const RoIGeometry g) {
   const index_t row = static_cast<index_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= g.rows()) return;
 
   const Bin bin = bin_of(g, row);
-  const Run& along_y = run_y(g, runs_y, row, bin);
-  const Run& along_x = run_x(g, runs_x, row, bin);
+  const Run& along_y = runs[run_y(g, row, bin)];
+  const Run& along_x = runs[run_x(g, row, bin)];
   const bool lost = isnan(along_y.start + along_x.start);
   const int height = static_cast<int>(along_y.total), width = static_cast<int>(along_x.total);
   for (int c = threadIdx.x * VEC; c < g.channels; c += blockDim.x * VEC) {
@@ -35,32 +34,38 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 __device__ __forceinline__ A hat(A distance) { return max(static_cast<A>(0), 1 - abs(distance)); }
 
 // A block gathers the gradient of a tile of pixels, a thread that of COLUMNS of them, from the bins
-// whose winner lies within a pixel of them.
+// whose winner lies within a pixel of them. Of most bins it reads no more than the winner's row.
 extern "C" __global__ void __launch_bounds__(256, 2)
     winner_gradient(const T* __restrict__ grad_y, const A* __restrict__ winner_y,
-                    const A* __restrict__ winner_x, const Run* __restrict__ runs_y,
-                    const Run* __restrict__ runs_x, const int64* __restrict__ keys,
-                    const int64* __restrict__ starts, T* __restrict__ grad_image,
-                    const RoIGeometry g) {
-  __shared__ List rois, rows;
+                    const A* __restrict__ winner_x, const Run* __restrict__ runs, const int* __restrict__ order,
+                    const int* __restrict__ starts, const Reach* __restrict__ reaches,
+                    T* __restrict__ grad_image, const RoIGeometry g) {
+  __shared__ List<int> near;
+  __shared__ List<Hit> hits;
   const PixelTile tile = pixel_tile(g);
   Vector sums[COLUMNS];
   for (int i = 0; i < COLUMNS; ++i) sums[i] = zero();
-  for_bins_that_see(tile, g, runs_y, runs_x, keys, starts, rois, rows, [&](int found) {
+  for_bins_that_see(tile, g, runs, {order, starts, reaches}, near, hits, [&](int found) {
     for (int b = 0; b < found && tile.channel < g.channels; ++b) {
-      const index_t row = rows.item[b];
-      const Bin bin = bin_of(g, row);
-      const int y = tile.y + threadIdx.y - run_y(g, runs_y, row, bin).pixel;
-      const int x = tile.x - run_x(g, runs_x, row, bin).pixel;
-      const int64 at = static_cast<int64>(row) * g.channels + tile.channel;
-      const Vector grad = load(grad_y + at), at_y = load(winner_y + at), at_x = load(winner_x + at);
+      const Hit hit = hits.item[b];
+      const int y = tile.y + threadIdx.y - runs[hit.y].pixel;
+      if (y < 0 || y >= runs[hit.y].pixels) continue;
+      const int64 at = static_cast<int64>(hit.row) * g.channels + tile.channel;
+      Vector along_y = load(winner_y + at);
+      bool any = false;
 #pragma unroll
       for (int k = 0; k < VEC; ++k) {
-        const A along_y = hat(y - at_y.value[k]);
-        if (along_y == 0) continue;
+        along_y.value[k] = hat(y - along_y.value[k]);
+        any = any || along_y.value[k] != 0;
+      }
+      if (!any) continue;
+      const int x = tile.x - runs[hit.x].pixel;
+      const Vector grad = load(grad_y + at), at_x = load(winner_x + at);
+#pragma unroll
+      for (int k = 0; k < VEC; ++k) {
 #pragma unroll
         for (int i = 0; i < COLUMNS; ++i) {
-          const A weight = along_y * hat(x + i - at_x.value[k]);
+          const A weight = along_y.value[k] * hat(x + i - at_x.value[k]);
           if (weight != 0) sums[i].value[k] += weight * grad.value[k];
         }
       }
