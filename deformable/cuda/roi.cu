@@ -14,24 +14,21 @@ extern "C" __global__ void __launch_bounds__(256)
   __shared__ Reach reach;
   const int roi = blockIdx.x;
   const Box box = box_of(g, rule, rois, roi);
-  const int count_y = g.shifted() ? g.bins() : g.pooled_h;
-  const int count_x = g.shifted() ? g.bins() : g.pooled_w;
-  const int64 count = static_cast<int64>(count_y) + count_x;
-  const auto number = [&](int64 i) {  // of the i-th run of this RoI
-    const int64 along_y = static_cast<int64>(roi) * count_y;
-    if (i < count_y) return static_cast<index_t>(along_y + i);
-    return static_cast<index_t>(static_cast<int64>(g.rois - roi) * count_y + along_y +
-                                static_cast<int64>(roi) * count_x + i - count_y);
+  const index_t count_y = g.shifted() ? g.bins() : g.pooled_h;
+  const index_t count_x = g.shifted() ? g.bins() : g.pooled_w;
+  const auto number = [&](index_t i) {  // of the i-th run of this RoI
+    return i < count_y ? roi * count_y + i : g.rois * count_y + roi * count_x + i - count_y;
   };
   if (threadIdx.x == 0) reach = {g.height, 0, g.width, 0};
   __syncthreads();
-  for (int64 i = threadIdx.x; i < count; i += blockDim.x) {
-    const int axis = i < count_y ? 0 : 1, place = static_cast<int>(axis ? i - count_y : i);
-    Bin bin = {roi, place, place, 0};
+  for (index_t i = threadIdx.x; i < count_y + count_x; i += blockDim.x) {
+    const bool axis = i >= count_y;
+    const index_t place = axis ? i - count_y : i;
+    Bin bin = {roi, static_cast<int>(place), static_cast<int>(place), 0};
     double shift = 0;
     const double length = axis ? box.width : box.height;
     if (g.shifted()) {
-      bin = bin_of(g, static_cast<index_t>(roi) * g.bins() + place);
+      bin = bin_of(g, roi * g.bins() + place);
       const int64 channel = (static_cast<int64>(roi) * g.classes + bin.offsets) * 2 + !axis;
       const int64 part_y = static_cast<int64>(bin.y) * g.part_h / g.pooled_h;
       const int64 part_x = static_cast<int64>(bin.x) * g.part_w / g.pooled_w;
@@ -50,10 +47,12 @@ extern "C" __global__ void __launch_bounds__(256)
     atomicMax(axis ? &reach.end_x : &reach.end_y, run.pixel + run.pixels);
   }
   __syncthreads();
-  for (int64 i = threadIdx.x; table && i < count * TILE; i += blockDim.x) {
-    const index_t of = number(i / TILE);
-    const int step = static_cast<int>(i % TILE), size = i / TILE < count_y ? g.height : g.width;
-    table[static_cast<int64>(of) * TILE + step] = weight_of(runs, nullptr, of, step, size);
+  if (table) {
+    for (index_t i = threadIdx.x / TILE; i < count_y + count_x; i += blockDim.x / TILE) {
+      const int step = threadIdx.x % TILE, size = i < count_y ? g.height : g.width;
+      table[static_cast<int64>(number(i)) * TILE + step] =
+          weight_of(runs, nullptr, number(i), step, size);
+    }
   }
   if (threadIdx.x > 0) return;
   images[roi] = max(box.image, 0);
