@@ -1,11 +1,13 @@
 """The simulator finds what kernels can do wrong: planted bugs, each beside its repair."""
 
+import functools
 import re
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from tests.simt import build, source
+from tests.simt import build, nvrtc, source
 from tests.simt import fakecupy as cupy
 from tests.simt.build import SimtError
 from tests.simt.settings import ORDERS, configure
@@ -13,57 +15,95 @@ from tests.simt.settings import ORDERS, configure
 pytestmark = pytest.mark.skipif(not build.available(), reason="no g++ to build kernels with")
 SIZE = 64
 PTX = (build.HERE.parents[1] / "deformable" / "cuda" / "ptx.cuh").read_text()
-HEAD = """\
-{ptx}
-#define PICK(bug, repair) {pick}
-extern "C" __global__ void k(const float* x, float* y, int* i, const __half* h, int n) {{
-  const int t = threadIdx.x, b = blockIdx.x;
-#line 1 "body.cu"
+KERNEL = """
+extern "C" __global__ void {name}(const float* x, float* y, int* i, const __half* h, int n) {{
+  [[maybe_unused]] const int t = threadIdx.x, b = blockIdx.x;
+#line {line} "{file}"
+{body}}}
 """
 
 
+class Planted(NamedTuple):
+    """A section of planted_bugs.cu."""
+
+    kernel: str
+    message: str  # a pattern
+    launch: dict
+    line: int  # at which the body begins
+    body: str
+
+
 def read_planted_bugs():
-    """Name, pattern of the message, launch options and body of each section of the file."""
     text = (build.HERE / "planted_bugs.cu").read_text()
     pattern = r"^//// (.*)\n// message: (.*)\n(?:// launch: (.*)\n)?((?:(?!//).*\n?)*)"
-    for name, message, options, body in re.findall(pattern, text, re.M):
+    for match in re.finditer(pattern, text, re.M):
+        name, message, options, body = match.groups("")
         pairs = (option.split("=") for option in options.split())
         launch = {key: int(value) if value.isdigit() else value for key, value in pairs}
-        yield pytest.param(message, launch, body, id=name)
+        kernel, line = "k_" + re.sub(r"\W", "_", name), text.count("\n", 0, match.start(4)) + 1
+        yield pytest.param(Planted(kernel, message, launch, line, body), id=name)
 
 
 PLANTED = list(read_planted_bugs())
 
 
-def launch(body, pick, grid=2, block=64, shared=0, order="forward", **settings):
-    """Run a body on x = 0, 1, 2 ..., y not written yet, i = 0 and h = 0; what y is then."""
-    code = HEAD.format(ptx=PTX, pick=pick) + body + "}\n"
+def source_of(pick, *kernels):
+    """A source text of kernels, each (name, body, file and line of the body)."""
+    texts = (
+        KERNEL.format(name=name, body=body, file=file, line=line)
+        for name, body, file, line in kernels
+    )
+    return "\n".join((PTX, f"#define PICK(bug, repair) {pick}", *texts))
+
+
+@functools.cache
+def planted(pick):
+    """All sections as one module, with their bugs or repaired."""
+    bugs = (parameter.values[0] for parameter in PLANTED)
+    kernels = ((p.kernel, p.body, "planted_bugs.cu", p.line) for p in bugs)
+    return cupy.RawModule(code=source_of(pick, *kernels))
+
+
+def run(kernel, grid=2, block=64, shared=0, order="forward", **settings):
+    """Run a kernel on x = 0, 1, 2 ..., y not written yet, i = 0 and h = 0; what y is then."""
     x = cupy.arange(SIZE, dtype="f")
     y = cupy.empty(SIZE, "f")
     i, h = cupy.zeros(SIZE, "i"), cupy.zeros(SIZE, "e")
-    kernel = cupy.RawModule(code=code).get_function("k")
     with configure(order=order, **settings):
         kernel((grid,), (block,), (x, y, i, h, np.int32(SIZE)), shared_mem=shared)
     return y.get()
+
+
+def launch(body, pick, **options):
+    """Run a body as a kernel."""
+    module = cupy.RawModule(code=source_of(pick, ("k", body, "body.cu", 1)))
+    return run(module.get_function("k"), **options)
 
 
 def test_there_are_planted_bugs():
     assert len(PLANTED) > 50
 
 
-@pytest.mark.parametrize(("message", "options", "body"), PLANTED)
-def test_planted_bug_is_found_where_it_is(message, options, body):
-    with pytest.raises(SimtError, match=message) as error:
-        launch(body, "bug", steps=1 << 20, **options)
-    places = [n for n, line in enumerate(body.split("\n"), 1) if line.endswith("// here")]
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bug_is_found_where_it_is(bug):
+    with pytest.raises(SimtError, match=bug.message) as error:
+        run(planted("bug").get_function(bug.kernel), steps=1 << 20, **bug.launch)
+    lines = enumerate(bug.body.split("\n"), bug.line)
+    places = [f"planted_bugs.cu:{n}" for n, line in lines if line.endswith("// here")]
     where = re.search(r"\[block \(\d, 0, 0\) thread \(\d+, 0, 0\)\] at (.*)", str(error.value))
-    assert where and where[1] in [f"body.cu:{line}" for line in places], str(error.value)
+    assert where and where[1] in places, str(error.value)
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("message", "options", "body"), PLANTED)
-def test_repaired_bug_runs(message, options, body, order):
-    launch(body, "repair", **options | {"order": order})
+@pytest.mark.parametrize("bug", PLANTED)
+def test_repaired_bug_runs(bug, order):
+    run(planted("repair").get_function(bug.kernel), **bug.launch | {"order": order})
+
+
+@pytest.mark.skipif(not nvrtc.available(), reason="no NVRTC and CUDA headers")
+def test_repaired_bugs_are_cuda():
+    code = planted("repair").code
+    assert len(nvrtc.resources(code, (), 90)) == len(PLANTED)
 
 
 # ---- what was never written is poison, so that results show it
@@ -79,7 +119,7 @@ def test_repaired_bug_runs(message, options, body, order):
         pytest.param("DYN_SHARED(float, s);\nPICK(, s[t] = 1);\ny[t] = s[t];", id="dynamic"),
         pytest.param(
             "int v = 1;\nif (t < 32) v = __shfl_sync(PICK(1u << t, ~0u), v, 5);\n"
-            "y[t] = t == 9 && v != 1 ? NAN : 1;",
+            "y[t] = t == 9 && v != 1 ? x[0] / x[0] : 1;",
             id="lane that is not there",
         ),
     ],

@@ -1,75 +1,150 @@
 """The simulator's CUDA means what CUDA's does."""
 
+import os
+import re
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.simt import build
+from tests.simt import build, nvrtc
 from tests.simt import fakecupy as cupy
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="no g++ to build kernels with")
 PTX = (build.HERE.parents[1] / "deformable" / "cuda" / "ptx.cuh").read_text()
+KERNEL = """
+{before}
+extern "C" __global__ void {name}({parameters}) {{
+{body}
+}}
+"""
 LANES = np.arange(32)
 RNG = np.random.default_rng(0)
 
+have_run = {}  # kernels, and the first test that ran each: NVRTC gets them all at the end
 
-def run(parameters, body, *args, block=(32,), grid=(1,), before="", shared=0):
+
+def run(parameters, body, *args, block=(32,), grid=(1,), before=""):
     """Run ``body`` as a kernel with these parameters."""
-    code = f'{PTX}\n{before}\nextern "C" __global__ void k({parameters}) {{\n{body}\n}}\n'
-    kernel = cupy.RawModule(code=code).get_function("k")
-    kernel(grid, block, args, shared_mem=shared)
+    text = KERNEL.format(name="k", before=before, parameters=parameters, body=body)
+    have_run.setdefault((before, parameters, body), os.environ["PYTEST_CURRENT_TEST"])
+    cupy.RawModule(code=PTX + text).get_function("k")(grid, block, args)
 
 
-def each_thread(expression, dtype="i4", ctype="int", threads=32, **options):
-    """The values of an expression of t, the thread, in every thread of a block."""
-    y = cupy.empty(threads, dtype)
-    body = f"const int t = threadIdx.x;\ny[t] = {expression};"
-    run(f"{ctype}* y", body, y, block=(threads,), **options)
-    return y.get()
+HALF = np.float16(2048) + LANES.astype("f2")
+EXPRESSIONS = {
+    # warps
+    "__shfl_sync(~0u, 10 * t, 5)": 50,
+    "__shfl_sync(~0u, 10 * t, t + 1)": 10 * ((LANES + 1) % 32),
+    "__shfl_sync(~0u, 10 * t, 3, 8)": 10 * (LANES // 8 * 8 + 3),
+    "__shfl_up_sync(~0u, 10 * t, 2)": 10 * np.where(LANES < 2, LANES, LANES - 2),
+    "__shfl_up_sync(~0u, 10 * t, 2, 8)": 10 * np.where(LANES % 8 < 2, LANES, LANES - 2),
+    "__shfl_down_sync(~0u, 10 * t, 2)": 10 * np.where(LANES > 29, LANES, LANES + 2),
+    "__shfl_down_sync(~0u, 10 * t, 2, 8)": 10 * np.where(LANES % 8 > 5, LANES, LANES + 2),
+    "__shfl_xor_sync(~0u, 10 * t, 3)": 10 * (LANES ^ 3),
+    "__shfl_xor_sync(~0u, 10 * t, 9, 8)": 10 * np.where(LANES % 16 < 8, LANES, LANES ^ 9),
+    "t < 20 ? __shfl_xor_sync(0xfffffu, t, 1) : -1": np.where(LANES < 20, LANES ^ 1, -1),
+    "__popc(__ballot_sync(~0u, t % 3 == 0))": 11,
+    "__ballot_sync(~0u, t == 4)": 16,
+    "__any_sync(~0u, t == 4) + 2 * __any_sync(~0u, t == 40)": 1,
+    "__all_sync(~0u, t < 32) + 2 * __all_sync(~0u, t < 31)": 1,
+    "__reduce_add_sync(~0u, t)": 496,
+    "__reduce_max_sync(~0u, t) - __reduce_min_sync(~0u, t - 3)": 34,
+    "__reduce_or_sync(~0u, 1u << t % 5) + __reduce_and_sync(~0u, 6u)": 37,
+    "__reduce_xor_sync(~0u, unsigned(t))": 0,
+    "__popc(__match_any_sync(~0u, t / 3))": np.where(LANES < 30, 3, 2),
+    # bits and integers
+    "__umulhi(0xffffffffu, unsigned(t))": np.maximum(LANES - 1, 0),
+    "__mulhi(-2147483647, 4)": -2,
+    "int(__umul64hi(1ull << 63, 6ull))": 3,
+    "int(__mul64hi(-(1ll << 62), 8ll))": -2,
+    "__clz(t) + __clz(-1)": [32 - int(t).bit_length() for t in LANES],
+    "__clzll(t)": [64 - int(t).bit_length() for t in LANES],
+    "__ffs(t)": [(int(t) & -int(t)).bit_length() for t in LANES],
+    "__ffsll(1ll << (t + 20))": LANES + 21,
+    "__popc(t) + __popcll(~0ll)": [int(t).bit_count() + 64 for t in LANES],
+    "__brev(t) == 1u << 31": LANES == 1,
+    "min(t, 5) + max(t, 20u)": np.minimum(LANES, 5) + np.maximum(LANES, 20),
+    "t / 7 * 100 + t % 7": LANES // 7 * 100 + LANES % 7,
+    "__float_as_int(__int_as_float(t << 24))": LANES << 24,
+    "int(__float_as_uint(__uint_as_float(t + 3u)))": LANES + 3,
+    "int(2 * __longlong_as_double(__double_as_longlong(t * .5)))": LANES,
+    # conversions
+    "__float2int_rd(t - 3.5f)": LANES - 4,
+    "__float2int_ru(t - 3.5f)": LANES - 3,
+    "__float2int_rn(t + .5f)": np.rint(LANES + 0.5),
+    "__float2int_rz(t - 3.5f)": np.trunc(LANES - 3.5),
+    "__double2int_rd(t - 3.5)": LANES - 4,
+    "__double2int_rn(t + .5)": np.rint(LANES + 0.5),
+    "__double2int_rz(t - 3.5)": np.trunc(LANES - 3.5),
+    "int(__float2uint_rn(t + .5f))": np.rint(LANES + 0.5),
+    "int(__double2ll_rd(t - 3.5))": LANES - 4,
+    "int(2 * __int2float_rn(t))": 2 * LANES,
+    "__float2int_rd(1e30f) == 2147483647 && __float2int_rd(-1e30f) == -2147483647 - 1": 1,
+    '__float2int_rd(nanf("")) + __double2int_rz(-nan("")) + int(__float2uint_rd(-5.f))': 0,
+    "__float2ll_rd(1e30f) == 9223372036854775807ll": 1,
+    # floating point
+    'max(t - 7.5f, nanf("")) == t - 7.5f && min(nan(""), 2.0) == 2': 1,
+    "int(rsqrtf(4.f) * 8 + __fdividef(t, .5f) + __saturatef(3.f))": 4 + 2 * LANES + 1,
+    "int(fmaf(t, 2, 1) + abs(-1.5f) * 2 + floorf(-.5f) + rint(2.5))": 2 * LANES + 5,
+    "int(rsqrt(4.) * 8 + __frcp_rn(.5f) + __fsqrt_rn(16.f))": 10,
+    "int(.5f + 8 * __logf(__expf(4.f)))": 32,
+    "int(__fdiv_rn(__fsub_rn(__fadd_rn(__fmul_rn(t, 3), 5), 1), .5f))": 6 * LANES + 8,
+    "int(__fmaf_rn(4097.f, 4097.f, -4097.f * 4097.f))": 1,
+    "int(2 * __dadd_rn(__dmul_rn(t, .5), 1))": LANES + 2,
+    # 16 bits: every operation rounds
+    "int(__half2float(__float2half(2048) + __float2half(t)))": HALF,
+    "int(__half2float(__hadd(__float2half_rn(t), __float2half(2048))))": HALF,
+    "int(__half2float(__hmul(__float2half(t), __float2half(3))))": 3 * LANES,
+    "int(__half2float(-__float2half(t) / __float2half(.5f) - __float2half(1)))": -2 * LANES - 1,
+    "__float2half(t) * __float2half(2) > __float2half(9)": LANES > 4,
+    '__hisnan(__float2half(nanf(""))) + 2 * __hisnan(__float2half(t))': 1,
+    "int(__low2float(__halves2half2(__float2half(t), __float2half(9))))": LANES,
+    "int(__half2float(__high2half(__floats2half2_rn(9, t))))": LANES,
+    "int(__half2float(__low2half(__float2half2_rn(t))))": LANES,
+    "int(__half22float2(__float22half2_rn(make_float2(9, t))).y)": LANES,
+    "int(__low2float(__hadd2(__float2half2_rn(t), __float2half2_rn(2048))))": HALF,
+    "int(__high2float(__hmul2(__float2half2_rn(t), __float2half2_rn(3))))": 3 * LANES,
+    "int(__high2float(__hfma2(__float2half2_rn(t), __float2half2_rn(2), __float2half2_rn(1))))": (
+        2 * LANES + 1
+    ),
+    "int(__bfloat162float(__float2bfloat16(256) + __float2bfloat16_rn(1)))": 256,
+    "int(__low2float(__halves2bfloat162(__float2bfloat16(t), __float2bfloat16(9))))": LANES,
+    "int(__high2float(__floats2bfloat162_rn(9, t)))": LANES,
+    "int(__bfloat1622float2(__float22bfloat162_rn(make_float2(9, t))).y)": LANES,
+}
+
+
+@pytest.fixture(scope="module")
+def values():
+    """What all EXPRESSIONS are in every thread t of a warp: one kernel computes them."""
+    y = cupy.empty((len(EXPRESSIONS), 32), "i4")
+    lines = [f"y[{32 * i} + t] = {expression};" for i, expression in enumerate(EXPRESSIONS)]
+    run("int* y", "\n".join(["const int t = threadIdx.x;", *lines]), y)
+    return dict(zip(EXPRESSIONS, y.get(), strict=True))
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_expression(expression, values):
+    assert (values[expression] == EXPRESSIONS[expression]).all()
 
 
 # ---- warps
 
 
 @pytest.mark.parametrize(
-    ("expression", "expected"),
+    ("ctype", "dtype"),
     [
-        ("__shfl_sync(~0u, 10 * t, 5)", np.full(32, 50)),
-        ("__shfl_sync(~0u, 10 * t, t + 1)", 10 * ((LANES + 1) % 32)),
-        ("__shfl_sync(~0u, 10 * t, 3, 8)", 10 * (LANES // 8 * 8 + 3)),
-        ("__shfl_up_sync(~0u, 10 * t, 2)", 10 * np.where(LANES < 2, LANES, LANES - 2)),
-        ("__shfl_up_sync(~0u, 10 * t, 2, 8)", 10 * np.where(LANES % 8 < 2, LANES, LANES - 2)),
-        ("__shfl_down_sync(~0u, 10 * t, 2)", 10 * np.where(LANES > 29, LANES, LANES + 2)),
-        ("__shfl_down_sync(~0u, 10 * t, 2, 8)", 10 * np.where(LANES % 8 > 5, LANES, LANES + 2)),
-        ("__shfl_xor_sync(~0u, 10 * t, 3)", 10 * (LANES ^ 3)),
-        ("__shfl_xor_sync(~0u, 10 * t, 9, 8)", 10 * np.where(LANES % 16 < 8, LANES, LANES ^ 9)),
-        ("__popc(__ballot_sync(~0u, t % 3 == 0))", np.full(32, 11)),
-        ("__ballot_sync(~0u, t == 4)", np.full(32, 16)),
-        ("__any_sync(~0u, t == 4) + 2 * __any_sync(~0u, t == 40)", np.full(32, 1)),
-        ("__all_sync(~0u, t < 32) + 2 * __all_sync(~0u, t < 31)", np.full(32, 1)),
-        ("__reduce_add_sync(~0u, t)", np.full(32, 496)),
-        ("__reduce_max_sync(~0u, t) - __reduce_min_sync(~0u, t - 3)", np.full(32, 34)),
-        ("__reduce_or_sync(~0u, 1u << t % 5) + __reduce_and_sync(~0u, 6u)", np.full(32, 37)),
-        ("__reduce_xor_sync(~0u, unsigned(t))", np.full(32, 0)),
-        ("__popc(__match_any_sync(~0u, t / 3))", np.where(LANES < 30, 3, 2)),
-        ("t < 20 ? __shfl_xor_sync(0xfffffu, t, 1) : -1", np.where(LANES < 20, LANES ^ 1, -1)),
+        *(("double", "f8"), ("unsigned long long", "u8"), ("float", "f4")),
+        *(("__half", "f2"), ("__nv_bfloat16", ml_dtypes.bfloat16)),
     ],
 )
-def test_warp_collectives(expression, expected):
-    assert each_thread(expression).tolist() == expected.tolist()
-
-
-def test_shuffle_of_double_and_struct():
-    y = cupy.empty(32, "f8")
-    run(
-        "double* y",
-        "const Pair mine = {threadIdx.x * .5, int(threadIdx.x)};\n"
-        "const Pair other = __shfl_xor_sync(~0u, mine, 1);\n"
-        "y[threadIdx.x] = other.a + other.b;",
-        y,
-        before="struct Pair { double a; int b; };",
-    )
-    assert y.get().tolist() == (1.5 * (LANES ^ 1)).tolist()
+def test_shuffles_of_other_numbers(ctype, dtype):
+    y = cupy.empty(32, dtype)
+    body = f"y[threadIdx.x] = __shfl_xor_sync(~0u, static_cast<{ctype}>(threadIdx.x * .5f), 1);"
+    run(f"{ctype}* y", body, y)
+    assert y.get().tolist() == ((LANES ^ 1) * 0.5).astype(dtype).tolist()
 
 
 def test_lanes_that_have_returned_are_not_waited_for():
@@ -106,27 +181,41 @@ def test_indices_of_blocks_and_threads():
     assert (y.get() == z * 10000 + x * 100 + row).all()
 
 
+def test_warps_hand_shared_memory_to_each_other():
+    y = cupy.empty(64, "i4")
+    body = """
+    __shared__ int s[64];
+    s[threadIdx.x] = threadIdx.x;
+    __threadfence_block();
+    __syncthreads();
+    y[threadIdx.x] = s[63 - threadIdx.x];
+    __threadfence();
+    """
+    run("int* y", body, y, block=(64,))
+    assert y.get().tolist() == list(range(63, -1, -1))
+
+
 # ---- atomics
 
 
-@pytest.mark.parametrize(
-    ("call", "start", "expected"),
-    [
-        ("atomicAdd(y, t)", 1, 497),
-        ("atomicSub(y, t)", 1, -495),
-        ("atomicMax(y, t)", 7, 31),
-        ("atomicMin(y, t)", 7, 0),
-        ("atomicAnd(y, ~(1 << t % 3))", 15, 8),
-        ("atomicOr(y, 1 << t % 3)", 8, 15),
-        ("atomicXor(y, t)", 5, 5),
-        ("atomicExch(y, 3)", 5, 3),
-        ("atomicCAS(y, t, t + 1)", 0, 32),
-    ],
-)
-def test_atomics(call, start, expected):
-    y = cupy.full(1, start, "i4")
-    run("int* y", f"const int t = threadIdx.x;\n{call};", y)
-    assert y.get() == expected
+def test_atomics():
+    cells = {  # first value, and the last one
+        "atomicAdd(y, t)": (1, 497),
+        "atomicSub(y, t)": (1, -495),
+        "atomicMax(y, t)": (7, 31),
+        "atomicMin(y, t)": (7, 0),
+        "atomicAnd(y, ~(1 << t % 3))": (15, 8),
+        "atomicOr(y, 1 << t % 3)": (8, 15),
+        "atomicXor(y, t)": (5, 5),
+        "atomicExch(y, 3)": (5, 3),
+        "atomicCAS(y, t, t + 1)": (0, 32),
+        "atomicInc(reinterpret_cast<unsigned*>(y), 4u)": (0, 32 % 5),
+        "atomicDec(reinterpret_cast<unsigned*>(y), 4u)": (0, -32 % 5),
+    }
+    y = cupy.array([first for first, _ in cells.values()], "i4")
+    lines = [f"{call.replace('y', f'y + {i}', 1)};" for i, call in enumerate(cells)]
+    run("int* y", "\n".join(["const int t = threadIdx.x;", *lines]), y)
+    assert dict(zip(cells, y.get(), strict=True)) == {c: last for c, (_, last) in cells.items()}
 
 
 @pytest.mark.parametrize(("dtype", "ctype"), [("f4", "float"), ("f8", "double")])
@@ -143,12 +232,9 @@ def test_atomic_sum_of_halves():
 
 
 def test_atomics_answer_what_was_there():
-    assert sorted(each_thread("atomicAdd(&sum, 2)", before="__shared__ int sum;")) == list(
-        range(-1, 63, 2)
-    )
-    y = cupy.zeros(2, "u4")
-    run("unsigned* y", "atomicInc(y, 4u);\natomicDec(y + 1, 4u);", y)
-    assert y.get().tolist() == [32 % 5, -32 % 5]
+    y = cupy.empty(32, "i4")
+    run("int* y", "y[threadIdx.x] = atomicAdd(&sum, 2);", y, before="__shared__ int sum;")
+    assert sorted(y.get()) == list(range(-1, 63, 2))
 
 
 # ---- vectors and numbers of 16 bits
@@ -224,55 +310,7 @@ def test_floats_are_rounded_to_16_bits_as_numpy_does(dtype, ctype):
         np.testing.assert_array_equal(y.get().astype("f4"), x.astype(dtype).astype("f4"))
 
 
-def test_pairs_of_16_bit_floats():
-    x, y = cupy.arange(64, dtype="f2"), cupy.empty(64, "f4")
-    body = """
-    const half2 v = reinterpret_cast<const half2*>(x)[threadIdx.x];
-    const float2 f = __half22float2(__hadd2(v, __floats2half2_rn(1, __high2float(v))));
-    reinterpret_cast<float2*>(y)[threadIdx.x] = f;
-    """
-    run("const __half* x, float* y", body, x, y)
-    assert (y.get().reshape(32, 2) == np.arange(64).reshape(32, 2) * [1, 2] + [1, 0]).all()
-
-
 # ---- numbers
-
-
-@pytest.mark.parametrize(
-    ("expression", "expected"),
-    [
-        ("__umulhi(0xffffffffu, unsigned(t))", np.maximum(LANES - 1, 0)),
-        ("__mulhi(-2147483647, 4)", np.full(32, -2)),
-        ("int(__umul64hi(1ull << 63, 6ull))", np.full(32, 3)),
-        ("__clz(t) + __clz(-1)", [32 - int(t).bit_length() for t in LANES]),
-        ("__clzll(t)", [64 - int(t).bit_length() for t in LANES]),
-        ("__ffs(t)", [(int(t) & -int(t)).bit_length() for t in LANES]),
-        ("__popc(t) + __popcll(~0ll)", [int(t).bit_count() + 64 for t in LANES]),
-        ("__brev(t) == 1u << 31", LANES == 1),
-        ("min(t, 5) + max(t, 20u)", np.minimum(LANES, 5) + np.maximum(LANES, 20)),
-        ("max(t - 7.5f, NAN) == t - 7.5f && min(NAN, 2.0) == 2", np.full(32, 1)),
-        ("__float2int_rd(t - 3.5f) + __float2int_rz(t - 3.5f)", None),
-        ("__float2int_rn(t + .5f)", np.rint(LANES + 0.5)),
-        (
-            "__float2int_rd(1e30f) == 2147483647 && __float2int_rd(-1e30f) == -2147483647 - 1",
-            32 * [1],
-        ),
-        ("__float2int_rd(NAN) + __double2int_rz(-NAN) + __float2uint_rd(-5.f)", 32 * [0]),
-        ("int(__float2ll_rd(1e30f) == 9223372036854775807ll)", 32 * [1]),
-        ("__float_as_int(__int_as_float(t << 24))", LANES << 24),
-        ("int(rsqrtf(4.f) * 8 + __fdividef(t, .5f) + __saturatef(3.f))", 4 + 2 * LANES + 1),
-        (
-            "int(fmaf(t, 2, 1) + abs(-1.5f) * 2 + floorf(-.5f) + rint(2.5))",
-            2 * LANES + 1 + 3 - 1 + 2,
-        ),
-        ("t / 7 * 100 + t % 7", LANES // 7 * 100 + LANES % 7),
-    ],
-)
-def test_intrinsics(expression, expected):
-    if expected is None:
-        x = LANES - 3.5
-        expected = np.floor(x) + np.trunc(x)
-    assert each_thread(expression).tolist() == list(expected)
 
 
 def test_division_by_an_invariant():
@@ -292,9 +330,13 @@ def test_division_by_an_invariant():
         assert (y.get() == numbers // divisor).all()
 
 
-def test_ordinary_loads_with_cache_hints():
-    x, y = cupy.arange(32, dtype="f4"), cupy.empty(32, "f4")
-    body = "const int t = threadIdx.x;\n__stcs(y + t, __ldg(x + t) + __ldcs(x + t));"
+def test_loads_and_stores_with_cache_hints():
+    x, y = cupy.arange(32, dtype="f4"), cupy.empty((2, 32), "f4")
+    body = """
+    const int t = threadIdx.x;
+    __stcs(y + t, __ldg(x + t) + __ldcs(x + t));
+    __stcg(y + 32 + t, __ldcg(x + t) + __ldlu(x + t));
+    """
     run("const float* x, float* y", body, x, y)
     assert (y.get() == 2 * LANES).all()
 
@@ -405,12 +447,18 @@ def test_advance_multiplies_in_64_bits():
     assert int(y[0]) == 40 * (3 << 30)
 
 
-@pytest.mark.parametrize("matrices", [2, 4])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_ldmatrix_hands_out_matrices_of_8_by_8(matrices, transposed):
+@pytest.mark.parametrize(
+    ("name", "matrices", "transposed"),
+    [
+        ("ldmatrix_x2", 2, False),
+        ("ldmatrix_x2_trans", 2, True),
+        ("ldmatrix_x4", 4, False),
+        ("ldmatrix_x4_trans", 4, True),
+    ],
+)
+def test_ldmatrix_hands_out_matrices_of_8_by_8(name, matrices, transposed):
     x = np.arange(matrices * 64, dtype="u2")
     y = cupy.empty((32, matrices, 2), "u2")
-    name = f"ldmatrix_x{matrices}" + "_trans" * transposed
     body = f"""
     __shared__ __align__(16) unsigned short s[{matrices} * 64];
     const int t = threadIdx.x;
@@ -460,3 +508,51 @@ def test_vector_reductions_add_every_part():
     """
     run("float* y", body, y, grid=(2,))
     assert (y.get() == 64 * np.array([1, 102, 13, 24])).all()
+
+
+# ---- CUDA's own compiler
+
+
+def test_every_function_of_the_dialect_runs_in_these_tests():
+    headers = "".join(file.read_text() for file in (build.HERE / "dialect").glob("*.h"))
+    defined = re.findall(r"^(?:SIMT_INLINE|SIMT_RAW inline|inline) .*?\b(\w+)\(", headers, re.M)
+    defined += re.findall(r"^SIMT_DEFINE_(?:ATOMIC|LDMATRIX|SHUFFLE)\((\w+),", headers, re.M)
+    defined += [
+        f"__reduce_{name}_sync" for name in re.findall(r"^SIMT_DEFINE_REDUCE\((\w+)", headers, re.M)
+    ]
+    functions = {name for name in defined if not name.startswith("simt_")}
+    tests = Path(__file__).read_text() + (build.HERE / "planted_bugs.cu").read_text()
+    assert len(functions) > 100
+    assert functions <= set(re.findall(r"\w+", tests))
+
+
+REFUSED = {
+    "half times float": "y[0] = __half2float(h[0] * 2.5f);",
+    "half plus int": "y[0] = __half2float(h[0] + 1);",
+    "a shuffle of a struct": "y[0] = __shfl_sync(~0u, make_float2(1, 2), 0).x;",
+    "NAN": "y[0] = NAN;",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cuda_refuses_is_refused_here(name):
+    code = KERNEL.format(
+        name="k", before="", parameters="float* y, const __half* h", body=REFUSED[name]
+    )
+    with pytest.raises(build.BuildError, match="error"):
+        cupy.RawModule(code=PTX + code).get_function("k")
+    if nvrtc.available():
+        with pytest.raises(nvrtc.CompileError):
+            nvrtc.resources(PTX + code, (), nvrtc.architectures()[0])
+
+
+@pytest.mark.skipif(not nvrtc.available(), reason="no NVRTC and CUDA headers")
+@pytest.mark.parametrize("architecture", [a for a in nvrtc.ARCHITECTURES if a >= 80])
+def test_nvrtc_takes_all_that_ran_here(architecture):
+    """The dialect accepts nothing that CUDA does not have. __reduce_add_sync begins with sm_80."""
+    code = PTX
+    for i, ((before, parameters, body), test) in enumerate(have_run.items()):
+        name, where = f"k{i}", test.partition("::")[2].replace('"', "'")
+        text = KERNEL.format(name=name, before=before, parameters=parameters, body=body)
+        code += f'namespace {name} {{\n#line 1 "{where}"{text}}}\n'
+    assert set(nvrtc.resources(code, (), architecture)) == {f"k{i}" for i in range(len(have_run))}

@@ -79,6 +79,7 @@ s[t + PICK(1, 0)] = 1;  // here
 // message: index outside the array
 __shared__ float s[4][8];
 if (t < 8) s[n / PICK(16, 17)][t] = 1;  // here
+if (t < 8 && b == 0) y[t] = s[3][t];
 
 //// local array
 // message: index outside the array
@@ -309,5 +310,5 @@ if (s[t]) y[b] = 1;  // here
 
 //// no return value
 // message: function without its return value|unreachable
-const auto f = [](int n) -> float { if (n != 64) return 1; };  // here
-if (t == 0) y[b] = f(n + PICK(0, 1));
+const auto f = [](int n) -> float { if (n != 64) return 1; PICK(, return 2;) };  // here
+if (t == 0) y[b] = f(n);

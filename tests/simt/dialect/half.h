@@ -13,30 +13,55 @@ SIMT_RAW inline float simt_bfloat16_to_float(uint16_t bits) {
   return simt_bits<float>(uint32_t(bits) << 16);
 }
 
-#define SIMT_DEFINE_16BIT(NAME, PAIR, FORMAT)                                          \
-  struct NAME {                                                                        \
-    uint16_t x;                                                                        \
-    NAME() = default;                                                                  \
-    NAME(float f) : x(simt_float_to_##FORMAT(f)) {}                                    \
-    operator float() const { return simt_##FORMAT##_to_float(x); }                     \
-    NAME& operator+=(NAME b) { return *this = NAME(float(*this) + float(b)); }         \
-    NAME& operator-=(NAME b) { return *this = NAME(float(*this) - float(b)); }         \
-    NAME& operator*=(NAME b) { return *this = NAME(float(*this) * float(b)); }         \
-  };                                                                                   \
-  struct alignas(4) PAIR {                                                             \
-    NAME x, y;                                                                         \
-  };                                                                                   \
-  inline NAME __hadd(NAME a, NAME b) { return NAME(float(a) + float(b)); }             \
-  inline NAME __hmul(NAME a, NAME b) { return NAME(float(a) * float(b)); }             \
-  inline PAIR __hadd2(PAIR a, PAIR b) { return {__hadd(a.x, b.x), __hadd(a.y, b.y)}; } \
-  inline PAIR __hmul2(PAIR a, PAIR b) { return {__hmul(a.x, b.x), __hmul(a.y, b.y)}; } \
-  inline PAIR __hfma2(PAIR a, PAIR b, PAIR c) {                                        \
-    return {NAME(fmaf(a.x, b.x, c.x)), NAME(fmaf(a.y, b.y, c.y))};                     \
-  }                                                                                    \
+// Every operation rounds to 16 bits; half with float is ambiguous, as it is to CUDA.
+#define SIMT_DEFINE_16BIT_OPERATOR(NAME, OP)                                     \
+  inline NAME operator OP(NAME a, NAME b) { return NAME(float(a) OP float(b)); } \
+  inline NAME& operator OP##=(NAME& a, NAME b) { return a = a OP b; }
+#define SIMT_DEFINE_16BIT_COMPARISON(NAME, OP) \
+  inline bool operator OP(NAME a, NAME b) { return float(a) OP float(b); }
+
+#define SIMT_DEFINE_16BIT(NAME, PAIR, FORMAT)                            \
+  struct NAME {                                                          \
+    uint16_t x;                                                          \
+    NAME() = default;                                                    \
+    NAME(float f) : x(simt_float_to_##FORMAT(f)) {}                      \
+    operator float() const { return simt_##FORMAT##_to_float(x); }       \
+  };                                                                     \
+  struct alignas(4) PAIR {                                               \
+    NAME x, y;                                                           \
+  };                                                                     \
+  SIMT_DEFINE_16BIT_OPERATOR(NAME, +)                                    \
+  SIMT_DEFINE_16BIT_OPERATOR(NAME, -)                                    \
+  SIMT_DEFINE_16BIT_OPERATOR(NAME, *)                                    \
+  SIMT_DEFINE_16BIT_OPERATOR(NAME, /)                                    \
+  SIMT_DEFINE_16BIT_COMPARISON(NAME, ==)                                 \
+  SIMT_DEFINE_16BIT_COMPARISON(NAME, !=)                                 \
+  SIMT_DEFINE_16BIT_COMPARISON(NAME, <)                                  \
+  SIMT_DEFINE_16BIT_COMPARISON(NAME, <=)                                 \
+  SIMT_DEFINE_16BIT_COMPARISON(NAME, >)                                  \
+  SIMT_DEFINE_16BIT_COMPARISON(NAME, >=)                                 \
+  inline NAME operator-(NAME a) { return NAME(-float(a)); }              \
+  inline NAME __hadd(NAME a, NAME b) { return a + b; }                   \
+  inline NAME __hmul(NAME a, NAME b) { return a * b; }                   \
+  inline PAIR __hadd2(PAIR a, PAIR b) { return {a.x + b.x, a.y + b.y}; } \
+  inline PAIR __hmul2(PAIR a, PAIR b) { return {a.x * b.x, a.y * b.y}; } \
+  inline PAIR __hfma2(PAIR a, PAIR b, PAIR c) {                          \
+    return {NAME(fmaf(a.x, b.x, c.x)), NAME(fmaf(a.y, b.y, c.y))};       \
+  }                                                                      \
   inline bool __hisnan(NAME a) { return isnan(float(a)); }
 SIMT_DEFINE_16BIT(__half, __half2, half)
 SIMT_DEFINE_16BIT(__nv_bfloat16, __nv_bfloat162, bfloat16)
 #undef SIMT_DEFINE_16BIT
+#undef SIMT_DEFINE_16BIT_OPERATOR
+#undef SIMT_DEFINE_16BIT_COMPARISON
+template <>
+constexpr bool simt_is_shuffled<__half> = true;
+template <>
+constexpr bool simt_is_shuffled<__half2> = true;
+template <>
+constexpr bool simt_is_shuffled<__nv_bfloat16> = true;
+template <>
+constexpr bool simt_is_shuffled<__nv_bfloat162> = true;
 typedef __half half;
 typedef __half2 half2;
 typedef __nv_bfloat16 nv_bfloat16;

@@ -8,6 +8,9 @@
 #include <type_traits>
 #include <utility>
 
+#undef NAN  // NVRTC has no math.h
+#undef INFINITY
+
 // What follows a SIMT_RAW is the simulator's own work and is not checked.
 #define SIMT_RAW __attribute__((no_sanitize("thread", "undefined"), no_sanitize_coverage))
 // What calls the runtime becomes part of the kernel: an error's place is the address of that call.

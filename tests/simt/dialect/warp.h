@@ -45,10 +45,15 @@ SIMT_RAW void simt_shuffle(const void* const* in, void* const* out, unsigned lan
   }
 }
 
+// What CUDA shuffles: numbers of 32 and 64 bits; half and bfloat16, and pairs of them, see half.h.
+template <class T>
+constexpr bool simt_is_shuffled = std::is_arithmetic_v<T> && sizeof(T) >= 4 && sizeof(T) <= 8;
+
 #define SIMT_DEFINE_SHUFFLE(NAME, HOW, ARGUMENT)                                \
   template <class T>                                                            \
   SIMT_INLINE T NAME(unsigned mask, T value, ARGUMENT argument, int width = 32, \
                      int line = __builtin_LINE()) {                             \
+    static_assert(simt_is_shuffled<T>, #NAME " does not take this type");       \
     SimtShuffled<T> in{value, static_cast<int>(argument), width};               \
     T out;                                                                      \
     simt_warp(#NAME, line, mask, &in, &out, simt_shuffle<T, SimtShuffle::HOW>); \
