@@ -404,12 +404,12 @@ def test_lanes_take_a_second_turn_where_channels_are_many(dtype, depth, og, xp):
     rng = np.random.default_rng(15)
     some = lambda *shape: rng.integers(-2, 3, shape).astype(dtype)  # noqa: E731
     arrays = {
-        "x": some(1, og * depth, 4, 3),
-        "offset": some(1, 4 * og, 3, 3) / 2,
+        "x": some(1, og * depth, 6, 4),
+        "offset": some(1, 4 * og, 5, 4) / 2,
         "weight": some(2, og * depth, 2, 1),
-        "mask": some(1, 2 * og, 3, 3),
+        "mask": some(1, 2 * og, 5, 4),
     }
-    grad_y = some(1, 2, 3, 3)
+    grad_y = some(1, 2, 5, 4)
     want = deform_conv2d_backward(grad_y, **arrays)
     have = deform_conv2d_backward(xp.asarray(grad_y), **on(xp, arrays))
     for name in arrays:

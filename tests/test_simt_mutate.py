@@ -1,6 +1,11 @@
-"""The changes that mutate.py makes to kernels."""
+"""The changes that mutate.py makes to kernels, and what it says of them."""
 
-from tests.simt import mutate
+import subprocess
+import sys
+
+import pytest
+
+from tests.simt import build, mutate
 
 KERNEL = """\
 // comment: a < b
@@ -49,3 +54,35 @@ def test_a_mutant_is_applied_where_its_file_is_spliced_in(tmp_path):
     lines = mutant.apply(code).split("\n")
     assert lines[4] == "  int a = 2;"
     assert lines[:4] + lines[5:] == code.split("\n")[:4] + code.split("\n")[5:]
+
+
+SUM = """\
+extern "C" __global__ void sum(const int* x, int* y) {
+  y[0] = x[0] + x[1];
+  y[1] = x[2] - x[3];
+}
+"""
+SUM_TEST = """\
+from pathlib import Path
+from tests.simt import fakecupy as cupy
+
+def test_first_sum():
+    code = Path(__file__).with_name("sum.cu").read_text()
+    kernel = cupy.RawModule(code=f'#line 1 "sum.cu"\\n{code}').get_function("sum")
+    y = cupy.zeros(2, "i4")
+    kernel((1,), (1,), (cupy.array([2, 3, 5, 7, 11], "i4"), y))
+    assert y[0].get() == 5
+"""
+
+
+@pytest.mark.skipif(not build.available(), reason="no g++ to build kernels with")
+def test_what_no_test_notices_is_told(tmp_path):
+    (tmp_path / "sum.cu").write_text(SUM)
+    (tmp_path / "test_sum.py").write_text(SUM_TEST)
+    command = [sys.executable, "-m", "tests.simt.mutate", tmp_path / "sum.cu"]
+    command += ["--jobs", "1", tmp_path / "test_sum.py"]
+    answer = subprocess.run(command, cwd=build.HERE.parents[1], capture_output=True, text=True)
+    told = answer.stdout.split("\n")
+    assert "survived: sum.cu:2" not in told, answer.stderr
+    assert told.count("survived: sum.cu:3") == 3  # another sign, two other elements
+    assert f"{tmp_path / 'sum.cu'}: 7 of 10 killed (70.0 %)" in told

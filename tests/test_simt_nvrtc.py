@@ -20,8 +20,21 @@ needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason="no NVRTC and CUD
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_ptx_is_in_one_header(file):
-    assert file.name == "ptx.cuh" or not re.search(r"\basm\b", file.read_text())
+@pytest.mark.parametrize("what", [r"\basm\b", "extern __shared__"])
+def test_one_header_has_all_ptx_and_dynamic_shared_memory(what, file):
+    assert bool(re.search(what, file.read_text())) == (file.name == "ptx.cuh")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_no_variable_outlives_a_launch(file):
+    assert not re.search(r"^(static )?__(device|managed)__[^(;]*[;=]", file.read_text(), re.M)
+
+
+def test_one_module_compiles_kernels():
+    compiles = re.compile(r"\.(RawModule|RawKernel|ElementwiseKernel|ReductionKernel)\(")
+    library = CUDA.parent
+    found = [f.name for f in library.rglob("*.py") if compiles.search(f.read_text())]
+    assert found == ["_cuda.py"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)

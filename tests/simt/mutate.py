@@ -10,12 +10,12 @@ does not compile does not count. Examples:
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -25,6 +25,7 @@ import pytest
 
 from tests.simt import build, nvrtc, source
 from tests.simt.module import RawModule
+from tests.simt.settings import settings
 
 SWAPS = [
     *((" < ", " <= "), (" <= ", " < "), (" > ", " >= "), (" >= ", " > "), (" == ", " != ")),
@@ -63,7 +64,7 @@ PATTERNS = [
 NO_CODE = re.compile(r"\s*(//|#|template\b|struct\b|static_assert|typedef\b|\}|$)")
 SIZES = re.compile(r"__launch_bounds__|^\s*[\w ]+ \w+(\[\w+\])+;")  # larger ones do no harm
 QUICKLY_BUILT = ("-O0", "-g0", "-w")
-SURVIVED, KILLED, NOT_COMPILED = 0, 1, 77
+SURVIVED, KILLED, NOT_COMPILED, ERROR = 0, 1, 77, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,54 +127,96 @@ def _close(text, start):
     return ""
 
 
-def run(mutant, arguments, timeout):
-    """Run the tests on a mutant (or, for None, as they are) in a child process; its exit status."""
-    child = os.fork()
-    if not child:
-        signal.alarm(timeout)
-        with tempfile.TemporaryDirectory() as cache, _silence():
-            status = _run_here(mutant, arguments, pathlib.Path(cache))
-        os._exit(status)
-    return child
+class MutantLoop:
+    """A pytest plugin that runs the collected tests on one mutant after the other, not once.
+
+    Each mutant gets a child process, which stops at the first failure. Tests that have killed
+    many mutants come first.
+    """
+
+    def __init__(self, chosen, jobs, out):
+        self.waiting, self.jobs, self.out = list(reversed(chosen)), jobs, out
+        self.running = {}  # by process: mutant, its cache, where the test that killed it is written
+        self.counts, self.kills = collections.Counter(), collections.Counter()
+
+    def pytest_runtestloop(self, session):
+        self.items = session.items
+        start = time.monotonic()
+        self.start(None, 3600)
+        if self.wait()[1] != SURVIVED or not self.items:
+            sys.exit("the tests fail, or there are none, before anything is changed")
+        timeout = int(60 + 5 * (time.monotonic() - start))
+        while self.waiting or self.running:
+            while self.waiting and len(self.running) < self.jobs:
+                self.start(self.waiting.pop(), timeout)
+            mutant, status = self.wait()
+            if status not in (KILLED, NOT_COMPILED):
+                name = "survived" if status == SURVIVED else "error"
+                print(f"{name}: {mutant}", file=self.out, flush=True)
+        return True
+
+    def start(self, mutant, timeout):
+        cache = pathlib.Path(tempfile.mkdtemp())
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            status = ERROR
+            try:
+                signal.alarm(timeout)
+                _silence()
+                status = self.judge(mutant, cache, writing)
+            finally:
+                os._exit(status)
+        os.close(writing)
+        self.running[child] = mutant, cache, reading
+
+    def judge(self, mutant, cache, killer):
+        """In a child process: run the tests until one fails."""
+        compiled = _install(mutant, cache) if mutant else lambda: True
+        self.items.sort(key=lambda item: -self.kills[item.nodeid])
+        for item, following in zip(self.items, [*self.items[1:], None], strict=True):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if item.session.testsfailed:
+                os.write(killer, item.nodeid.encode())
+                return KILLED if compiled() else NOT_COMPILED
+        return SURVIVED
+
+    def wait(self):
+        """The next mutant that is judged, and how."""
+        child, status = os.wait()
+        mutant, cache, reading = self.running.pop(child)
+        shutil.rmtree(cache)
+        with open(reading) as killer:
+            self.kills[killer.read()] += 1  # "" if no test did
+        status = os.waitstatus_to_exitcode(status)
+        status = KILLED if status < 0 else status  # by a signal: it crashed, or took too long
+        self.counts[status] += bool(mutant)
+        return mutant, status
 
 
-def _run_here(mutant, arguments, cache):
-    compiled = True
+def _install(mutant, cache):
+    """Change what is built from now on; a function that says whether all of that compiled."""
+    shared, errors = build.CACHE, []
+
+    def rewrite(code):
+        changed = mutant.apply(code)
+        build.CACHE = shared if changed == code else cache  # modules are built when they are made
+        return changed
 
     class Watched(build.BuildError):
         def __init__(self, *text):
-            nonlocal compiled
-            compiled = False
+            errors.append(text)
             super().__init__(*text)
 
-    if mutant:
-        for built in build.CACHE.iterdir():  # what the change does not touch is not built again
-            (cache / built.name).symlink_to(built)
-        build.CACHE, build.BuildError = cache, Watched
-        RawModule.rewrite = staticmethod(mutant.apply)
-    status = int(pytest.main([*arguments, "-x", "-q", "-p", "no:cacheprovider"]))
-    if status not in (SURVIVED, KILLED):
-        return 2
-    return status if compiled else NOT_COMPILED
+    build.BuildError = Watched
+    RawModule.rewrite = staticmethod(rewrite)
+    return lambda: not errors
 
 
-@contextlib.contextmanager
 def _silence():
-    with open(os.devnull, "w") as nothing:
-        for stream in (1, 2):
-            os.dup2(nothing.fileno(), stream)
-        yield
-
-
-def results(chosen, arguments, timeout, jobs):
-    """(mutant, status) of each mutant as it is known; a status below 0 is a signal."""
-    running, waiting = {}, list(reversed(chosen))
-    while running or waiting:
-        while waiting and len(running) < jobs:
-            mutant = waiting.pop()
-            running[run(mutant, arguments, timeout)] = mutant
-        child, status = os.wait()
-        yield running.pop(child), os.waitstatus_to_exitcode(status)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nothing, stream)
 
 
 def main():
@@ -181,47 +224,30 @@ def main():
     parser.add_argument("file", type=pathlib.Path)
     parser.add_argument("--sample", type=int, help="so many mutants, chosen at random")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lines", help="only those of these lines of the file: 12,34")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options, arguments = parser.parse_known_args()
     arguments = arguments or [f"tests/test_{options.file.stem}.py", "-k", "cupy"]
 
     chosen = mutants(options.file)
+    if options.lines:
+        lines = {int(line) for line in options.lines.split(",")}
+        chosen = [mutant for mutant in chosen if mutant.line in lines]
     if options.sample and options.sample < len(chosen):
         chosen = random.Random(options.seed).sample(chosen, options.sample)
-    with _kept_output(), _silence():
-        pytest.main([*arguments, "--collect-only", "-q"])  # imports what every child needs
     nvrtc.available = lambda: False
     build.KERNEL += QUICKLY_BUILT
+    build.available() and build.runtime()  # here, and so in no child
+    build._precompiled((*build.KERNEL, f"-D__CUDA_ARCH__={settings.compute_capability}0"))
 
-    start = time.monotonic()
-    _, status = os.waitpid(run(None, arguments, 3600), 0)
-    if os.waitstatus_to_exitcode(status):
-        sys.exit("the tests fail, or there are none, before anything is changed")
-    timeout = int(60 + 5 * (time.monotonic() - start))
-
-    counts = collections.Counter()
-    for mutant, status in results(chosen, arguments, timeout, options.jobs):
-        name = {SURVIVED: "survived", KILLED: "killed", NOT_COMPILED: "not compiled"}
-        kind = name.get(status, "killed" if status < 0 else "error")
-        counts[kind] += 1
-        if kind in ("survived", "error"):
-            print(f"{kind}: {mutant}", flush=True)
-    judged = counts["killed"] + counts["survived"]
-    share = 100 * counts["killed"] / max(judged, 1)
-    print(
-        f"{options.file}: {counts['killed']} of {judged} mutants killed ({share:.1f} %), {counts}"
-    )
-
-
-@contextlib.contextmanager
-def _kept_output():
-    kept = [os.dup(stream) for stream in (1, 2)]
-    try:
-        yield
-    finally:
-        for stream, copy in zip((1, 2), kept, strict=True):
-            os.dup2(copy, stream)
-            os.close(copy)
+    with os.fdopen(os.dup(1), "w") as out:
+        _silence()
+        loop = MutantLoop(chosen, options.jobs, out)
+        pytest.main([*arguments, "-q", "-p", "no:cacheprovider"], plugins=[loop])
+        killed, survived = loop.counts[KILLED], loop.counts[SURVIVED]
+        share = 100 * killed / max(killed + survived, 1)
+        print(f"{options.file}: {killed} of {killed + survived} killed ({share:.1f} %)", file=out)
+        print(f"not compiled: {loop.counts[NOT_COMPILED]}, errors: {loop.counts[ERROR]}", file=out)
 
 
 if __name__ == "__main__":
