@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import deformable
-from deformable import nn
+from benchmarks import bench_cpu, bench_deform_conv
+from benchmarks.workloads import draw
+from deformable import _cuda, _fused, nn
 from deformable._array import compute_dtype
 from tests.arrays import on
 from tests.conftest import HAVE_GPU, kernels
@@ -18,6 +20,8 @@ from tests.test_device import LAYERS
 
 BLOCK = 1 << 14  # instead of BLOCK_BYTES and CHUNK_BYTES
 BLOCKS = 8  # that may be alive: columns, their gradients, samples, matrices
+SPLIT_BYTES = 132 * 256 * 128 * 4  # a wide tile of every multiprocessor
+WORKSPACE_BYTES = 128 << 20
 
 # Calls whose columns would take seven times the memory of all their arrays.
 SHAPES = {
@@ -79,6 +83,81 @@ def test_peak_is_bounded_by_the_arrays_and_some_blocks(name, dtype, library, mon
     columns = wide * y.size // y.shape[1] * int(np.prod(arrays["weight"].shape[1:]))
     assert columns > bound, "the bound says nothing"
     assert max(forward[0], backward[0]) <= bound
+
+
+# ---- at the sizes of networks
+
+
+REAL = {f"{case.operator} {case.label}": case for case in bench_cpu.EVERY}
+TYPICAL = [
+    "deform_conv2d A 2x64x56x56->64 v1",
+    "deform_conv2d B 1x256x32x32->256 offset groups 4 v2",
+    "deform_conv2d large 8x64x112x112->64 v1",
+    "roi_align D 1x256x50x50 128 RoIs 7x7",
+    "roi_pool D 1x256x50x50 128 RoIs 7x7",
+    "deform_ps_roi_pool E 1x490x50x50 300 RoIs 7x7 sampling_ratio 4",
+]
+
+
+@pytest.mark.parametrize("name", TYPICAL)
+def test_peak_at_real_sizes_on_numpy(name):
+    """Arrays, one copy of them forward and two backward, and some blocks.
+
+    Averages of RoIs have blocks as large as two images, if these are larger.
+    """
+    case = REAL[name]
+    arrays, grad_y = draw(case, np.random.default_rng(0))
+    arrays, grad_y = {k: a.astype(np.float32) for k, a in arrays.items()}, grad_y.astype("f4")
+    operator = OPERATORS[case.operator]
+    with counted_by_numpy() as forward:
+        operator.forward(**arrays, **case.keywords)
+    with counted_by_numpy() as backward:
+        operator.backward(grad_y, **arrays, **case.keywords)
+    size = grad_y.nbytes + sum(a.nbytes for a in arrays.values())
+    blocks = 8 << 20
+    images = 0 if "rois" not in arrays else 2 * arrays["x"].nbytes
+    assert forward[0] <= size + blocks
+    assert backward[0] <= 2 * size + blocks + images
+
+
+@pytest.mark.skipif(HAVE_GPU, reason="the substitute counts allocations")
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("name", ["D3", "D4", "B4"])
+def test_peak_at_real_sizes_on_a_gpu(name, dtype, channels_last, monkeypatch):
+    """On an H200, with launches that do nothing: all is allocated, little is computed.
+
+    Forward takes room for packed weights, for sums that are split, and to lay out an image that is
+    not channels-last; backward a workspace of a fixed size, and copies of all arrays in float32.
+    """
+    from tests.simt import fakecupy as cupy
+    from tests.simt import substitute
+
+    monkeypatch.setattr(_cuda, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(_cuda, "gemm", lambda *_, **__: None)
+    monkeypatch.setattr(_fused, "_resources", lambda device: (132, 228 << 10))
+    case = next(case for case in bench_deform_conv.CASES if case.name == name)
+
+    def image(channels, dtype):
+        shape = (case.batch, channels, case.height, case.width)
+        if not channels_last:
+            return cupy.zeros(shape, dtype)
+        return cupy.zeros((shape[0], *shape[2:], channels), dtype).transpose(0, 3, 1, 2)
+
+    arrays = {
+        "x": image(case.channels, dtype),
+        "offset": image(18 * case.offset_groups, np.float32),
+        "weight": cupy.zeros((case.out_channels, case.channels // case.groups, 3, 3), dtype),
+    }
+    with substitute.memory() as forward:
+        y = deformable.deform_conv2d(**arrays, **case.keywords)
+    with substitute.memory() as backward:
+        deformable.deform_conv2d_backward(y, **arrays, **case.keywords)
+    moved = 0 if channels_last else arrays["x"].nbytes
+    words = 2 if dtype == np.float32 else 1  # of a weight that is packed
+    assert forward[0] <= y.nbytes + moved + 1.25 * words * arrays["weight"].nbytes + SPLIT_BYTES
+    elements = y.size + sum(a.size for a in arrays.values())
+    assert backward[0] <= 2 * 4 * elements + WORKSPACE_BYTES
 
 
 def made_by_the_library():
