@@ -48,8 +48,14 @@ def random_case(
 ):  # fmt: skip
     """Arrays and keywords of a deformable convolution; offsets reach beyond the image."""
     rng = np.random.default_rng(seed)
-    extent = [dilation * (k - 1) + 1 for k in kernel]
-    size = [(s + 2 * padding - e) // stride + 1 for s, e in zip((h, w), extent, strict=True)]
+    keywords = {
+        name: value if isinstance(value, tuple) else (value, value)
+        for name, value in {"stride": stride, "padding": padding, "dilation": dilation}.items()
+    }
+    size = [
+        (side + 2 * pad - (step * (taps - 1) + 1)) // skip + 1
+        for side, taps, skip, pad, step in zip((h, w), kernel, *keywords.values(), strict=True)
+    ]
     samples = offset_groups * kernel[0] * kernel[1]
     arrays = {
         "x": rng.normal(size=(n, c, h, w)),
@@ -60,7 +66,6 @@ def random_case(
         arrays["bias"] = rng.normal(size=o)
     if mask:
         arrays["mask"] = rng.normal(size=(n, samples, *size))
-    keywords = {"stride": stride, "padding": padding, "dilation": dilation}
     return {name: a.astype(dtype) for name, a in arrays.items()}, keywords
 
 
@@ -97,7 +102,9 @@ SHAPES = {
     "one position in the second tile": {"h": 5, "w": 13},
     "fewer positions than a warp has rows": {"h": 2, "w": 2},
     "a tile of several images": {"n": 5, "h": 3, "w": 5},
-    "stride and dilation": {"h": 11, "w": 12, "stride": 2, "dilation": 2},
+    "stride and dilation": {
+        "h": 11, "w": 12, "stride": (2, 1), "padding": (0, 2), "dilation": (1, 3)
+    },
     "one channel": {"c": 1, "o": 3},
     "a step of four samples": {"c": 4, "o": 33},
     "a step of two samples": {"c": 12, "o": 40},
@@ -113,7 +120,7 @@ SHAPES = {
     "a kernel of one tap": {"kernel": (1, 1), "padding": 0},
     "a kernel of many taps": {"kernel": (5, 7), "c": 8, "h": 7, "w": 8, "padding": 3},
     "neither mask nor bias": {"mask": False, "bias": False},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -139,7 +146,11 @@ DEPTHWISE = {
     "more positions than a tile": {"c": 5, "groups": 5, "o": 5, "h": 9, "w": 8},
     "a kernel of many taps": {"c": 2, "groups": 2, "o": 4, "kernel": (11, 13), "padding": 7},
     "neither mask nor bias": {"c": 8, "groups": 8, "o": 8, "mask": False, "bias": False},
-}
+    "more channels than a turn of the lanes": {"c": 264, "groups": 264, "o": 264, "h": 3, "w": 3},
+    "stride and dilation": {
+        "c": 4, "groups": 4, "o": 4, "h": 9, "w": 8, "stride": (1, 2), "dilation": (3, 1)
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DEPTHWISE)

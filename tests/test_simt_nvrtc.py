@@ -164,6 +164,41 @@ def test_every_ptx_wrapper_compiles_for_every_gpu():
     assert found[90]["sum"].instructions < found[80]["sum"].instructions
 
 
+LOOP = """
+extern "C" __global__ void loop(const float4* __restrict__ x, float4* y, float z, int n) {
+  float4 sum = {0, 0, 0, 0};
+  #pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    const float4 v = __ldg(x + i);
+    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    BODY
+  }
+  y[threadIdx.x] = sum;
+}"""
+MULTIPLIED = "sum.x = sum.x * z + v.y, sum.y = sum.y * z + v.z;"
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("body", "more"),
+    [
+        (8 * MULTIPLIED, 16),
+        ("if (v.x > z) {" + 8 * MULTIPLIED + "}", 17),
+        ("if (i % 64 == 0) { __syncthreads(); " + 50 * MULTIPLIED + "}", 4),
+        ("for (int j = 0; j < n; ++j) {" + MULTIPLIED + "}", 20),
+    ],
+    ids=["always", "one of two ways", "seldom", "a loop without loads"],
+)
+def test_instructions_of_the_inner_loop_are_those_of_its_usual_way(body, more):
+    for architecture in nvrtc.architectures():
+        plain, changed = (
+            nvrtc.resources(LOOP.replace("BODY", text), (), architecture)["loop"].per_load
+            for text in ("", body)
+        )
+        assert 7 <= plain <= 12  # a load, four sums; an address, an end, a branch
+        assert plain < changed <= plain + more + 4
+
+
 @needs_nvrtc
 def test_report_has_a_row_per_kernel_and_tells_what_does_not_compile():
     good, stale = ("-DDTYPE=float", "-DINDEX=int", "-DVEC=4"), ("-DDTYPE=nothing",)
@@ -171,8 +206,13 @@ def test_report_has_a_row_per_kernel_and_tells_what_does_not_compile():
     rows = list(report.rows([("conv.cu", good), ("conv.cu", stale)], broken))
     kernels = [kernel for _, kernel, _, _ in rows]
     assert sorted(kernels) == sorted(RawModule(code=_cuda.source("conv.cu")).entries)
-    text = "\n".join(report.table(rows))
+    variant = "conv.cu", good
+    text = "\n".join(report.table(rows, {variant: {"im2col": 12345}}))
     assert all(f"sm_{name}" in text for name in nvrtc.architectures())
+    assert text.count("12345") == len(nvrtc.architectures())
+    found = {kernel: on for _, kernel, _, on in rows}["im2col"]
+    costs = [report.per_element("conv.cu", "im2col", good, on) for on in found.values()]
+    assert all(3 <= cost <= 6 for cost in costs), "a load, a store, addresses for 4 elements"
     assert all(kernel in text for kernel in kernels)
     assert len(broken) == 1 and broken[0].startswith("conv.cu -DDTYPE=nothing: sm_")
 

@@ -15,9 +15,9 @@ import json
 import multiprocessing
 import os
 import re
-import struct
 import sys
 
+from tests.simt import sass
 from tests.simt.build import CACHE
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
@@ -27,8 +27,6 @@ OPTIONS = (  # CuPy's, and a report of the assembler
     "--device-as-default-execution-space",
     "--ptxas-options=-v",
 )
-INSTRUCTION = 16  # bytes, on all of these
-NOP = 0x918  # in the lower 12 bits
 
 ROOTS = [f"{path}/nvidia/*" for path in sys.path] + ["/usr/local/cuda*"]
 
@@ -46,6 +44,7 @@ class Resources:
     stack: int  # bytes of local memory: arrays with an index that is not constant
     shared: int  # bytes, without dynamic shared memory
     instructions: int  # of machine code
+    per_load: float  # instructions of the inner loop for each load of 16 bytes, see sass.py; or 0
 
 
 @functools.cache
@@ -131,7 +130,8 @@ def resources(code, options, architecture):
 
 def _cache_file(code, options, architecture):
     library, headers = _library()
-    key = json.dumps([code, options, architecture, OPTIONS, library._name, headers, __doc__])
+    texts = (library._name, headers, __doc__, sass.__doc__)
+    key = json.dumps([code, options, architecture, OPTIONS, *texts])
     return f"{CACHE}/nvrtc-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
@@ -150,7 +150,7 @@ def _compile(code, options, architecture):
         binary = _get(library.nvrtcGetCUBINSize, library.nvrtcGetCUBIN, program)
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
-    return _read_log(log, instruction_counts(binary))
+    return _read_log(log, sass.kernels(binary, architecture))
 
 
 def _get(get_size, get, program):
@@ -161,7 +161,7 @@ def _get(get_size, get, program):
     return text.raw
 
 
-def _read_log(log, instructions):
+def _read_log(log, kernels):
     """The assembler tells of one kernel after the other."""
     found = {}
     for part in re.split(r"Compiling entry function '", log)[1:]:
@@ -171,31 +171,13 @@ def _read_log(log, instructions):
             match = re.search(rf"(\d+) {pattern}", part)
             return int(match[1]) if match else 0
 
+        loop = sass.inner_loop(kernels[name])
         found[name] = Resources(
             registers=number("registers"),
             spilled=number("bytes spill stores") + number("bytes spill loads"),
             stack=number("bytes stack frame"),
             shared=number("bytes smem"),
-            instructions=instructions[name],
+            instructions=sass.count(kernels[name]),
+            per_load=loop.instructions / loop.loads if loop else 0,
         )
     return found
-
-
-def instruction_counts(binary):
-    """Instructions of each kernel of an ELF file, without the padding at their ends."""
-    table, entry_size, count, names_index = (
-        struct.unpack_from("<Q", binary, 40)[0],
-        *struct.unpack_from("<HHH", binary, 58),
-    )
-    sections = [
-        struct.unpack_from("<IIQQQQIIQQ", binary, table + i * entry_size) for i in range(count)
-    ]
-    names = sections[names_index][4]
-    counts = {}
-    for name, _, _, _, offset, size, *_ in sections:
-        text = binary[names + name : binary.index(b"\0", names + name)].decode()
-        if text.startswith(".text."):
-            words = range(offset, offset + size, INSTRUCTION)
-            opcodes = [struct.unpack_from("<H", binary, word)[0] & 0xFFF for word in words]
-            counts[text.removeprefix(".text.")] = len(opcodes) - opcodes.count(NOP)
-    return counts

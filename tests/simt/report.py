@@ -1,7 +1,16 @@
 """``python -m tests.simt.report``: what every kernel takes on every GPU, as one table.
 
 Rows are the kernels in each variant that the tests have launched on this machine (run them first),
-compiled from the sources as they are now. A register spill makes the exit status 1.
+compiled from the sources as they are now. A register spill makes the exit status 1. Shared memory
+is in bytes, the most that a block was launched with.
+
+``/elem`` are instructions for each element, of kernels whose loads are 16 bytes: those of one round
+of the inner loop, which ``sass.py`` finds in the machine code, by the elements that a thread makes
+in it. An element is one channel of what is looped over: for a convolution one (position, tap,
+channel) value of its columns, for an image gradient one (pixel, sample, channel), for RoIs one
+(bin, pixel, channel). How many there are follows from the loads in the loop, as ``loads`` tells.
+What happens in some of the rounds only is left out: plans of samples, and in ``fused_conv`` with
+TERMS=3 the promotion of the sums in every eighth step, which adds 1.3 per element.
 """
 
 import contextlib
@@ -11,21 +20,53 @@ import sys
 from tests.simt import nvrtc
 from tests.simt.build import CACHE
 
-VARIANTS = CACHE / "variants.json"
+LAUNCHED = CACHE / "launched.json"
+BYTES = {"__half": 2, "__nv_bfloat16": 2, "float": 4, "double": 8}
 
 
 def remember(modules):
-    """Keep the variants of the library's own kernels: pairs of a file and its options."""
-    known = {(file, tuple(options)) for file, options in _remembered()}
-    known |= {(module.file, module.options) for module in modules if module.file != "kernel.cu"}
+    """Keep the variants of the library's own kernels, and their largest dynamic shared memory."""
+    known = _remembered()
+    for module in modules:
+        if module.file != "kernel.cu":
+            shared = known.setdefault((module.file, module.options), {})
+            for kernel, (_, size) in module.launched.items():
+                shared[kernel] = max(size, shared.get(kernel, 0))
     CACHE.mkdir(parents=True, exist_ok=True)
-    VARIANTS.write_text(json.dumps(sorted(known)))
+    LAUNCHED.write_text(json.dumps([[*variant, known[variant]] for variant in sorted(known)]))
 
 
 def _remembered():
+    """{(file, options): {kernel: bytes of dynamic shared memory}}."""
     with contextlib.suppress(FileNotFoundError):
-        return json.loads(VARIANTS.read_text())
-    return []
+        known = json.loads(LAUNCHED.read_text())
+        return {(file, tuple(options)): shared for file, options, shared in known}
+    return {}
+
+
+def loads(file, kernel, macros):
+    """Loads of 16 bytes in the inner loop for 16 bytes of elements."""
+    match file, kernel:
+        case "fused_conv.cu", "fused_conv":
+            return int(macros["CORNERS"])
+        case "fused_depthwise.cu", "depthwise":
+            return int(macros["CORNERS"]) + 1  # the weights
+        case ("deform_conv.cu", "im2col") | ("roi_align.cu", "maximum"):
+            return 4
+        case "deform_conv.cu", "offset_gradient":
+            return 5  # four corners and the gradient of the columns
+        case "roi_pool.cu", "winner_gradient":
+            return 1 + int(macros["VEC"]) // 2  # and where the winners lie, in float32
+    return 1
+
+
+def per_element(file, kernel, options, resources):
+    """Instructions of the inner loop for each element, or None if it has no loads of 16 bytes."""
+    macros = dict(option.removeprefix("-D").split("=") for option in options)
+    elements = 16 // BYTES[macros["DTYPE"]]
+    if not resources.per_load or int(macros["VEC"]) < elements:
+        return None
+    return resources.per_load * loads(file, kernel, macros) / elements
 
 
 def rows(variants, broken):
@@ -61,18 +102,22 @@ def problems(rows):
     ]
 
 
-def table(rows):
+def table(rows, dynamic_shared):
     """The lines of the table: a column per architecture, a paragraph per variant."""
-    yield f"{'':24}" + "".join(f"{f'sm_{name}':>21}" for name in nvrtc.architectures())
-    yield f"{'':24}" + f"{'regs instr shared':>21}" * len(nvrtc.architectures())
+    yield f"{'':24}" + "".join(f"{f'sm_{name}':>28}" for name in nvrtc.architectures())
+    yield f"{'':24}" + f"{'regs instr shared /elem':>28}" * len(nvrtc.architectures())
     variant = None
     for file, kernel, options, on in rows:
         if variant != (file, options):
             variant = file, options
             yield f"\n{file}: {' '.join(option.removeprefix('-D') for option in options)}"
-        yield f"  {kernel:<22}" + "".join(
-            f"{found.registers:>9}{found.instructions:>6}{found.shared:>6}" for found in on.values()
-        )
+        shared = dynamic_shared.get(variant, {}).get(kernel, 0)
+        line = f"  {kernel:<22}"
+        for found in on.values():
+            cost = per_element(file, kernel, options, found)
+            line += f"{found.registers:>9}{found.instructions:>6}{found.shared + shared:>7}"
+            line += f"{'-' if cost is None else format(cost, '.1f'):>6}"
+        yield line
 
 
 def main():
@@ -82,7 +127,7 @@ def main():
     wrong = []
     found = list(rows(variants, wrong))
     wrong += problems(found)
-    print("\n".join(table(found)), flush=True)
+    print("\n".join(table(found, variants)), flush=True)
     sys.exit("\n".join(["", *wrong]) if wrong else 0)
 
 
