@@ -1,5 +1,11 @@
 """examples/scaled_digits.py keeps its promises, and goes on where it was stopped."""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
@@ -16,12 +22,16 @@ def scaled_digits():
 @pytest.fixture
 def few_digits(scaled_digits, monkeypatch):
     """scaled_digits with 60 digits and small networks."""
+    shrink(scaled_digits, monkeypatch.setattr)
+    return scaled_digits
+
+
+def shrink(scaled_digits, put=setattr):
     data = scaled_digits.load_digits()
     data.images, data.target = data.images[:60], data.target[:60]
-    monkeypatch.setattr(scaled_digits, "load_digits", lambda: data)
+    put(scaled_digits, "load_digits", lambda: data)
     small = {"plain": ((4, 6), (2, 2)), "modulated": ((4, 6), (2, 2), 1, True)}
-    monkeypatch.setattr(scaled_digits, "NETWORKS", small | {"plain, wider": ((5, 8), (2, 2))})
-    return scaled_digits
+    put(scaled_digits, "NETWORKS", small | {"plain, wider": ((5, 8), (2, 2))})
 
 
 @pytest.mark.parametrize("options", [["--rotate", "60"], ["--offsets-only"]])
@@ -66,6 +76,43 @@ def test_a_resumed_run_ends_as_if_never_stopped(
             assert have.files == want.files
             for name in want.files:
                 assert_array_equal(have[name], want[name])
+
+
+KILLED = """
+import os, signal, sys
+from deformable import nn
+from tests.test_example_scaled_digits import example, shrink
+
+step, steps = nn.Optimizer.step, iter(range(int(sys.argv[1])))
+
+def killed(optimizer):
+    if next(steps, None) is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(optimizer)
+
+nn.Optimizer.step = killed
+scaled_digits = example("scaled_digits")
+shrink(scaled_digits)
+scaled_digits.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
+def test_a_run_that_is_killed_twice_ends_as_if_never_stopped(few_digits, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run = ["--epochs", "3", "--out"]
+    few_digits.main([*run, str(whole)])
+    expected = capsys.readouterr().out.replace(str(whole), str(parts))
+    root = Path(__file__).parents[1]
+    for steps in "5", "4":
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, steps, *run, str(parts), "--resume"],
+            cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == -signal.SIGKILL
+        assert list(parts.glob("*.npz"))
+    few_digits.main([*run, str(parts), "--resume"])
+    assert capsys.readouterr().out == expected
 
 
 def test_a_finished_run_resumed_trains_nothing(few_digits, tmp_path, monkeypatch):
