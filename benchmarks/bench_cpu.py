@@ -271,14 +271,13 @@ def _measure_memory(workload: Workload, mode: str, options: argparse.Namespace, 
 
 def _peak_growth(number: int, name: str, mode: str, options: argparse.Namespace) -> int:
     """Bytes by which the resident memory of this process peaks above its size before one call."""
-    workload = EVERY[number]
-    small = workload.tiny()
-    for one in (small, small if options.tiny else workload):  # the first loads the code
-        arrays, grad_y = _arguments(one, "float32")
+    workload = EVERY[number].tiny() if options.tiny else EVERY[number]
+    for _ in range(2):  # the first loads the code and fills the buffers that libraries keep
+        arrays, grad_y = _arguments(workload, "float32")
         if name == OURS:
-            call = library_call(one.operator, arrays, one.keywords, grad_y)[mode]
+            call = library_call(workload.operator, arrays, workload.keywords, grad_y)[mode]
         else:
-            call = _torchvision(one, arrays, grad_y, options.threads).calls[mode]
+            call = _torchvision(workload, arrays, grad_y, options.threads).calls[mode]
         ctypes.CDLL(None).malloc_trim(0)  # what the drawing of arguments left behind
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = _status("VmRSS")
