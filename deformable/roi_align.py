@@ -51,7 +51,7 @@ from deformable._roi import (
     roi_geometry,
     spread,
 )
-from deformable._segments import largest, sortable, winners
+from deformable._segments import largest, segments, sortable, winners
 
 UNALIGNED = Rule(
     rounding=NONE, shift=0.0, least=1.0, whole=0, phase=0.5, margin=1.0, kept=0
@@ -385,7 +385,8 @@ def _numpy_maximum(function, g, rule, x, rois):
     for rows, seen, part in blocks(g, at, _sample_bytes(g, at, dtype)):
         samples, first, count = _samples(g, rule, part)
         values = samples.pattern(g, seen, dtype).matrix() @ image[seen]
-        y[rows] = largest(values, first, count)
+        of = segments(first, count)
+        y[rows][of.order] = largest(values, of)
         y[rows][part.lost()] = np.nan
     return output_from_rows(y.astype(x.dtype, copy=False), g)
 
@@ -401,10 +402,11 @@ def _numpy_maximum_backward(function, g, rule, grad_y, x, rois):
         samples, first, count = _samples(g, rule, part)
         matrix = samples.pattern(g, seen, dtype).matrix()
         values = matrix @ image[seen]
-        _, place = winners(sortable(values), first, count)
+        of = segments(first, count)
+        _, place = winners(sortable(values), of)
         grad_values = np.zeros_like(values)
-        some = count > 0
-        winner = first[some, None] + place[some]
+        some = of.order[: np.count_nonzero(count)]
+        winner = first[some, None] + place[: len(some)]
         grad_values[winner, np.arange(g.depth)] = grad[rows][some]
         grad_image[seen] += matrix.T @ grad_values
     return image_from_rows(grad_image.astype(x.dtype, copy=False), g)

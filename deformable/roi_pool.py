@@ -35,7 +35,7 @@ from deformable._roi import (
     roi_geometry,
     spread,
 )
-from deformable._segments import largest, sortable, winners
+from deformable._segments import largest, segments, sortable, winners
 from deformable.roi_align import average, average_backward
 
 CELLS = Rule(rounding=MAP, shift=0.0, least=1.0, whole=1, phase=0.0, margin=0.0, kept=1)
@@ -254,8 +254,9 @@ def _numpy_maximum(function, g, x, rois):
     y = np.empty((g.rows, g.channels), dtype)
     for rows, seen, cells in blocks(g, at, _cell_bytes(g, at, dtype)):
         pixel, width, line, height = _lines(g, cells)
-        lines = largest(image[seen], pixel, width)
-        y[rows] = largest(lines, line, height, stride=g.pooled_w)
+        along_x = segments(pixel, width)
+        along_y = segments(line, height, g.pooled_w, along_x.inverse())
+        y[rows][along_y.order] = largest(largest(image[seen], along_x), along_y)
     return output_from_rows(y.astype(x.dtype, copy=False), g)
 
 
@@ -269,12 +270,17 @@ def _numpy_maximum_backward(function, g, grad_y, x, rois):
     channel = np.arange(g.channels)
     for rows, seen, cells in blocks(g, at, _cell_bytes(g, at, dtype)):
         pixel, width, line, height = _lines(g, cells)
-        lines, column = winners(keys[seen], pixel, width)
-        # of the cell's first pixel, the winner lies so many rows of the image further
-        _, place = winners(lines, line, height, g.pooled_w, codes=column, pitch=g.width)
-        some = (height > 0) & (cells.x.total[cells.run_x] > 0)
-        winner = (pixel[line[some], None] + place[some]) * g.channels + channel
-        np.add.at(grad_image[seen].reshape(-1), winner.ravel(), grad[rows][some].ravel())
+        along_x = segments(pixel, width)
+        along_y = segments(line, height, g.pooled_w, along_x.inverse())
+        lines, column = winners(keys[seen], along_x)
+        _, place = winners(lines, along_y, codes=column, pitch=g.width)
+        cell = along_y.order[: np.count_nonzero(height)]  # those that have a pixel
+        # so many pixels after the cell's first one lies the winner
+        winner = place[: len(cell)].astype(np.intp)
+        winner += pixel[line[cell], None]
+        winner *= g.channels
+        winner += channel
+        np.add.at(grad_image[seen].reshape(-1), winner.ravel(), grad[rows][cell].ravel())
     return image_from_rows(grad_image.astype(x.dtype, copy=False), g)
 
 
@@ -297,12 +303,12 @@ def _lines(g: RoIGeometry, cells: Bins) -> tuple[np.ndarray, np.ndarray, np.ndar
     of = np.arange(len(cells.run_y)) // g.bins
     before = (np.cumsum(rows) - rows)[of] + first_y[cells.run_y] - top[of]
     line = before * g.pooled_w + cells.run_x % g.pooled_w
-    return pixel, width[column], line, height[cells.run_y]
+    return pixel, width[column], line, height[cells.run_y] * (width[cells.run_x] > 0)
 
 
 def _cell_bytes(g: RoIGeometry, at: Bins, dtype: np.dtype) -> np.ndarray:
     """About what the lines of each cell take."""
-    return (at.y.total[at.run_y] + 1) * (4 * g.channels * dtype.itemsize)
+    return (at.y.total[at.run_y] + 1) * (2 * g.channels * dtype.itemsize)
 
 
 # ---- CUDA: cuda/roi_pool.cu
