@@ -4,10 +4,10 @@
 
 All contenders get the same C-contiguous (N, C, H, W) arrays; ours answers channels-last ones, as it
 always does. What they compute is compared with our own in float64 before any time is taken. Then
-they are called in turns within one process. "products" is the bare matrix products that a
+they are called in turns of 50 ms within one process. "products" is the bare matrix products that a
 convolution consists of: columns times weights, and for the backward the two products more, whole
-and into arrays that exist already. Memory is what a fresh process grows by during one call, the
-results included.
+and into arrays that exist already. Memory is what a process grows by during one call, the results
+included; it has made the call before, so that what libraries keep for good does not count.
 
 With one thread the clock is that of the process, so that other processes of a busy machine do not
 count (their traffic in the caches does); "busy" says which share of the time the process had.
