@@ -550,6 +550,7 @@ RUN = 11  # doubles in a Run of cuda/roi.cuh
 REACH = 4  # ints in a Reach of cuda/roi_gather.cuh
 TILE = 16  # pixels along each axis that a bin weighs together
 TILE_WIDTH = 8  # pixels of a row whose gradients a thread sums up
+SIDE = 32  # pixels, and channels, that a block copies
 
 
 class Plan(NamedTuple):
@@ -589,6 +590,63 @@ def make_plan(
     return plan
 
 
+class Layout(NamedTuple):
+    """An (N, C, H, W) array, and the rows of its channels that are seen together."""
+
+    images: int
+    channels: int
+    height: int
+    width: int
+    groups: int
+    depth: int
+    pitch: int
+
+
+def padded(g: RoIGeometry, dtype: np.dtype) -> RoIGeometry:
+    """With whole vectors of channels in every row, where rows are copies anyway."""
+    vec = 16 // dtype.itemsize
+    if g.planes == 1 or g.depth < vec:
+        return g
+    return g._replace(channels=g.planes * (-(-g.depth // vec) * vec))
+
+
+def cuda_rows(array: Array, groups: int, depth: int, pitch: int, dtype: np.dtype) -> Array:
+    """The (N, C, H, W) array as rows (N · H · W · groups · classes, depth), zeros up to ``pitch``.
+
+    Channel (class · depth + d) · groups + group is channel d of a row. Channels-last memory of one
+    group is not copied.
+    """
+    xp, array = array_module(array), array.astype(dtype, copy=False)
+    n, c, h, w = array.shape
+    classes = c // (groups * depth)
+    split = array.reshape(n, classes, depth, groups, h, w).transpose(0, 4, 5, 3, 1, 2)
+    shape = n * h * w * groups * classes, pitch
+    if pitch == depth and split.flags.c_contiguous:
+        return split.reshape(shape)
+    if array.flags.c_contiguous:
+        rows = xp.empty(shape, dtype)
+        blocks = n * -(-h * w // SIDE) * groups * -(-classes * pitch // SIDE)
+        layout = Layout(n, c, h, w, groups, depth, pitch)
+        _cuda.launch(
+            "roi.cu", "arrange", (blocks,), (SIDE, 8), array, rows, layout, **_macros(dtype)
+        )
+        return rows
+    rows = xp.zeros(shape, dtype)
+    rows.reshape(n, h, w, groups, classes, pitch)[..., :depth] = split
+    return rows
+
+
+def cuda_image(x: Array, g: RoIGeometry) -> Array:
+    """The image as rows for a kernel, of the padded depth of ``g``."""
+    groups = g.group_h * g.group_w
+    return cuda_rows(x, groups, x.shape[1] // g.planes, g.depth, x.dtype)
+
+
+def cuda_output_rows(grad_y: Array, g: RoIGeometry, dtype: np.dtype) -> Array:
+    """The gradient of the result as rows for a kernel, of the padded depth of ``g``."""
+    return cuda_rows(grad_y, 1, grad_y.shape[1] // g.classes, g.depth, dtype)
+
+
 def in_double(array: Array | None) -> Array | None:
     """RoIs, offsets or masks as kernels read them: contiguous and in float64."""
     if array is None:
@@ -601,6 +659,10 @@ def macros(g: RoIGeometry, dtype: np.dtype, vec: int = 1, rows: int = 1) -> dict
     elements = g.height * g.width * g.channels  # a tile may go beyond the image by TILE pixels
     beyond = TILE * (g.width + 1) * g.channels
     index = "int" if max(2 * g.rows, g.batch * elements + beyond) <= INT32_MAX else "int64"
+    return _macros(dtype, vec, rows, index)
+
+
+def _macros(dtype: np.dtype, vec: int = 1, rows: int = 1, index: str = "int") -> dict[str, Any]:
     return {"DTYPE": dtype, "VEC": vec, "INDEX": index, "ROWS": rows, "COLUMNS": TILE_WIDTH}
 
 
@@ -619,7 +681,7 @@ def launch_bins(
 def gather(
     file: str, name: str, g: RoIGeometry, plan: Plan, rows: tuple[Array, ...], *args: Any
 ) -> Array:
-    """The gradient of the image, which a kernel gathers by tiles of pixels from ``rows``."""
+    """The gradient of an arranged image, gathered from ``rows`` by a kernel: by tiles of pixels."""
     xp, dtype = array_module(rows[0]), rows[0].dtype
     grad_image = xp.empty((g.batch * g.height * g.width * g.planes, g.depth), dtype)
     vec = min(4, _cuda.vector_width(g.depth, *rows, grad_image))  # times TILE_WIDTH sums
@@ -636,13 +698,13 @@ def gather(
         *rows, plan.runs, order, starts, plan.reaches, grad_image, *args,
         **macros(g, dtype, vec, tile_height),
     )  # fmt: skip
-    return image_from_rows(grad_image, g)
+    return grad_image
 
 
 def cuda_maximum(file: str, g: RoIGeometry, rule: Rule, x: Array, rois: Array) -> Array:
     """The largest values of the bins, by the kernel ``maximum`` of an operator's file."""
     with x.device:
-        image = arrange(x, g, x.dtype)
+        image = cuda_image(x, g)
         y = array_module(x).empty((g.rows, g.depth), x.dtype)
         plan = make_plan(g, rule, rois)
         launch_bins(
@@ -657,7 +719,7 @@ def cuda_maximum_backward(
 ) -> Array:
     """Gradient of the image of :func:`cuda_maximum`."""
     with x.device:
-        image = arrange(x, g, x.dtype)
+        image = cuda_image(x, g)
         places = (g.rows, g.depth), compute_dtype(x.dtype)
         winner_y, winner_x = (array_module(x).empty(*places) for _ in range(2))
         plan = make_plan(g, rule, rois)
@@ -665,9 +727,8 @@ def cuda_maximum_backward(
             file, "maximum", g, (image, winner_y, winner_x),
             image, plan.runs, plan.images, None, winner_y, winner_x, g,
         )  # fmt: skip
-        grad = output_rows(grad_y, g, x.dtype)
-        rows = grad, winner_y, winner_x
-        return gather("roi_pool.cu", "winner_gradient", g, plan, rows, g)
+        rows = cuda_output_rows(grad_y, g, x.dtype), winner_y, winner_x
+        return image_from_rows(gather("roi_pool.cu", "winner_gradient", g, plan, rows, g), g)
 
 
 def _block(g: RoIGeometry, vec: int) -> tuple[int, int]:

@@ -26,6 +26,8 @@ from deformable._roi import (
     arrange,
     blocks,
     boxes,
+    cuda_image,
+    cuda_output_rows,
     empty_image,
     image_from_rows,
     in_double,
@@ -36,6 +38,7 @@ from deformable._roi import (
     mask_rows,
     matrix_bytes,
     output_rows,
+    padded,
     parts,
     roi_geometry,
 )
@@ -411,18 +414,19 @@ def _sum_over_parts(g, box, along_y, along_x):
 def _cuda_backward(function, g, rule, grad_y, x, rois, offset, mask, wanted):
     with x.device:
         xp, dtype = array_module(x), compute_dtype(x.dtype)
-        plan = make_plan(g, rule, rois, offset, dtype)
-        grad = output_rows(grad_y, g, x.dtype)
+        wide = padded(g, x.dtype)
+        plan = make_plan(wide, rule, rois, offset, dtype)
+        grad = cuda_output_rows(grad_y, wide, x.dtype)
         grad_image = grad_offset = grad_mask = None
         if "x" in wanted:
-            grad_image = cuda_image_gradient(g, rule, plan, grad, mask)
+            rows = cuda_image_gradient(wide, rule, plan, grad, mask)
+            grad_image = image_from_rows(rows[:, : g.depth], g)
         if wanted & {"offset", "mask"}:
-            image = arrange(x, g, x.dtype)
+            image = cuda_image(x, wide)
             along = xp.empty((g.rows, 3), dtype)
             launch_bins(
-                "deform_roi_pool.cu", "offset_gradient", g, (image, grad),
-                image, grad, plan.runs, plan.images, in_double(mask), along,
-                g, rule,
+                "deform_roi_pool.cu", "offset_gradient", wide, (image, grad),
+                image, grad, plan.runs, plan.images, in_double(mask), along, wide, rule,
             )  # fmt: skip
         if "offset" in wanted:
             grad_offset = xp.empty(offset.shape, dtype)

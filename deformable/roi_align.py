@@ -34,8 +34,10 @@ from deformable._roi import (
     arrange,
     blocks,
     boxes,
+    cuda_image,
     cuda_maximum,
     cuda_maximum_backward,
+    cuda_output_rows,
     empty_image,
     gather,
     image_from_rows,
@@ -48,6 +50,7 @@ from deformable._roi import (
     matrix_bytes,
     output_from_rows,
     output_rows,
+    padded,
     roi_geometry,
     spread,
 )
@@ -339,26 +342,29 @@ def _numpy_average_backward(function, g, rule, grad_y, x, rois):
 
 def _cuda_average(function, g, rule, x, rois, offset, mask):
     with x.device:
-        plan = make_plan(g, rule, rois, offset, compute_dtype(x.dtype))
-        image = arrange(x, g, x.dtype)
-        y = array_module(x).empty((g.rows, g.depth), x.dtype)
+        wide = padded(g, x.dtype)
+        plan = make_plan(wide, rule, rois, offset, compute_dtype(x.dtype))
+        image = cuda_image(x, wide)
+        y = array_module(x).empty((g.rows, wide.depth), x.dtype)
         launch_bins(
-            "roi_align.cu", "average", g, (image, y),
-            image, plan.runs, plan.table, plan.images, in_double(mask), y, g, rule,
+            "roi_align.cu", "average", wide, (image, y),
+            image, plan.runs, plan.table, plan.images, in_double(mask), y, wide, rule,
         )  # fmt: skip
-        return output_from_rows(y, g)
+        return output_from_rows(y[:, : g.depth], g)
 
 
 def _cuda_average_backward(function, g, rule, grad_y, x, rois):
     with x.device:
-        plan = make_plan(g, rule, rois, weights=compute_dtype(x.dtype))
-        return cuda_image_gradient(g, rule, plan, output_rows(grad_y, g, x.dtype))
+        wide = padded(g, x.dtype)
+        plan = make_plan(wide, rule, rois, weights=compute_dtype(x.dtype))
+        rows = cuda_image_gradient(wide, rule, plan, cuda_output_rows(grad_y, wide, x.dtype))
+        return image_from_rows(rows[:, : g.depth], g)
 
 
 def cuda_image_gradient(
     g: RoIGeometry, rule: Rule, plan: Plan, grad: Array, mask: Array | None = None
 ) -> Array:
-    """Gradient of the image of :func:`average`, given that of its rows."""
+    """Gradient of the arranged image of :func:`average`, given that of its rows."""
     args = plan.table, in_double(mask), g, rule
     return gather("roi_align.cu", "average_gradient", g, plan, (grad,), *args)
 

@@ -11,6 +11,7 @@ from deformable import _roi
 from deformable.testing import check_backward, error_bound
 from tests import reference_roi as reference
 from tests.arrays import host, on
+from tests.conftest import HAVE_GPU, kernels
 from tests.roi_cases import AVERAGES, DEFORMABLE, NAMES, functions, random_case
 from tests.test_deform_conv import LAYOUTS, with_strides
 
@@ -144,7 +145,7 @@ def test_kernels_go_through_many_rois_and_tiles_of_pixels(name, offsets, xp):
         pytest.skip("no kernels, or no offsets")
     rng = np.random.default_rng(17)
     arrays, keywords = random_case(
-        name, rng, n=3, k=300, depth=2, classes=2, height=37, width=18, output_size=(3, 2),
+        name, rng, n=3, k=300, depth=2, classes=2, height=33, width=17, output_size=(3, 2),
         part=(2, 2), spatial_scale=1.0, mask=True,
     )  # fmt: skip
     arrays["rois"][:, 0] = rng.choice([0, 2], 300, p=[0.05, 0.95])
@@ -171,6 +172,36 @@ def test_ten_runs_are_bitwise_equal(name, xp):
         assert host(xp, functions(name)[0](**arrays, **keywords)).tobytes() == host(xp, y).tobytes()
         for key, grad in again.items():
             assert grad is None or host(xp, grad).tobytes() == host(xp, first[key]).tobytes()
+
+
+@pytest.mark.skipif(HAVE_GPU, reason="a GPU chooses the order of its threads itself")
+@pytest.mark.parametrize("mode", ["avg", "max"])
+@pytest.mark.parametrize("name", NAMES)
+def test_ten_orders_of_threads_give_the_same_bits(name, mode):
+    """Of RoIs that share pixels, bins that share offsets, and lanes that share sums."""
+    if mode == "max" and name != "roi_align":
+        pytest.skip("has no other mode")
+    from tests.simt.settings import configure
+
+    rng = np.random.default_rng(19)
+    arrays, keywords = random_case(
+        name, rng, n=2, k=12, depth=10, classes=1, height=12, width=10, output_size=(2, 2),
+        part=(1, 2), spatial_scale=1.0, mask=True,
+    )  # fmt: skip
+    if name == "roi_align":
+        keywords["mode"] = mode
+    results = set()
+    with kernels("random"):
+        import cupy
+
+        for seed in range(10):
+            with configure(order="random", seed=seed):
+                given = on(cupy, {key: a.astype(np.float32) for key, a in arrays.items()})
+                y = functions(name)[0](**given, **keywords)
+                grads = gradients(name, y, given, keywords)
+            grads = [host(cupy, g).tobytes() for g in (y, *grads.values()) if g is not None]
+            results.add(tuple(grads))
+    assert len(results) == 1
 
 
 @pytest.mark.parametrize("limit", ["BLOCK_BYTES", "INT32_MAX"])
@@ -209,6 +240,33 @@ def test_any_memory_order_gives_the_same(name, layout, xp):
         if grad is not None:
             assert_array_equal(host(xp, grad), host(xp, want_grads[key]))
             assert_array_equal(host(xp, given[key]), before[key])
+
+
+@pytest.mark.parametrize("lay", LAYOUTS)
+@pytest.mark.parametrize(
+    ("shape", "groups", "depth", "pitch"),
+    [
+        ((2, 70, 5, 9), 1, 70, 70),
+        ((2, 36, 6, 6), 4, 3, 4),
+        ((1, 90, 7, 5), 2, 45, 48),
+        ((3, 8, 1, 1), 1, 8, 8),
+        ((0, 4, 3, 3), 2, 2, 2),
+        ((2, 4, 0, 3), 1, 4, 4),
+    ],
+)
+def test_rows_for_kernels_hold_what_is_seen_together(shape, groups, depth, pitch, lay, xp):
+    if xp is np:
+        pytest.skip("is for kernels")
+    x = np.random.default_rng(18).normal(size=shape).astype(np.float16)
+    n, c, h, w = shape
+    want = np.zeros((n, h, w, groups, c // (groups * depth), pitch), np.float32)
+    split = x.reshape(n, c // (groups * depth), depth, groups, h, w)
+    want[..., :depth] = split.transpose(0, 4, 5, 3, 1, 2)
+    for given in xp.asarray(x), with_strides(xp, LAYOUTS[lay](x)):
+        for dtype in np.float16, np.float32:
+            rows = _roi.cuda_rows(given, groups, depth, pitch, np.dtype(dtype))
+            assert rows.dtype == dtype and rows.flags.c_contiguous
+            assert_array_equal(host(xp, rows), want.reshape(-1, pitch))
 
 
 # ---- dtypes

@@ -1,4 +1,4 @@
-// _roi.py: where all bins look, and which RoIs an image has.
+// _roi.py: where all bins look, which RoIs an image has, and channels that are seen together.
 #include "roi_gather.cuh"
 
 static_assert(sizeof(Run) == 11 * sizeof(double), "RUN in _roi.py");
@@ -82,5 +82,40 @@ extern "C" __global__ void __launch_bounds__(256)
     if (threadIdx.x < found) order[to + threadIdx.x] = list.item[threadIdx.x];
     to += found;
     __syncthreads();
+  }
+}
+
+// (N, C, H, W) arrays as rows (N, H, W, groups, classes, pitch): depth channels of a group and class
+// lie together, and zeros behind them.
+struct Layout {
+  int images, channels, height, width, groups, depth, pitch;
+};
+
+constexpr int SIDE = 32;
+
+// A block copies SIDE pixels x SIDE channels of one group: it reads along the pixels and writes along
+// the channels, whole sectors of memory, and turns them in shared memory.
+extern "C" __global__ void __launch_bounds__(256)
+    arrange(const T* __restrict__ from, T* __restrict__ to, const Layout l) {
+  __shared__ T tile[SIDE][SIDE + 1];
+  const int64 pixels = static_cast<int64>(l.height) * l.width;
+  const int channels = l.channels / l.groups, row = channels / l.depth * l.pitch;
+  const int tiles = (row + SIDE - 1) / SIDE;
+  const int64 strips = (pixels + SIDE - 1) / SIDE, block = blockIdx.x / tiles;
+  const int first = blockIdx.x % tiles * SIDE, group = static_cast<int>(block % l.groups);
+  const int64 strip = block / l.groups, image = strip / strips, pixel = strip % strips * SIDE;
+  for (int i = threadIdx.y; i < SIDE; i += blockDim.y) {
+    const int place = first + i, in_class = place % l.pitch;
+    if (place >= row || pixel + threadIdx.x >= pixels) continue;
+    const int64 channel = static_cast<int64>(place / l.pitch * l.depth + in_class) * l.groups + group;
+    tile[i][threadIdx.x] = in_class < l.depth ? from[(image * l.channels + channel) * pixels + pixel +
+                                                     threadIdx.x]
+                                              : static_cast<T>(0.f);
+  }
+  __syncthreads();
+  for (int i = threadIdx.y; i < SIDE; i += blockDim.y) {
+    if (first + threadIdx.x >= row || pixel + i >= pixels) continue;
+    const int64 at = (image * pixels + pixel + i) * l.groups + group;
+    to[at * row + first + threadIdx.x] = tile[threadIdx.x][i];
   }
 }
