@@ -70,7 +70,10 @@ def test_a_resumed_run_ends_as_if_never_stopped(
     capsys.readouterr()
     few_digits.main([*run, str(parts), "--resume"])
     assert capsys.readouterr().out == expected
+    assert_same_checkpoints(whole, parts)
 
+
+def assert_same_checkpoints(whole, parts):
     for path in whole.glob("*.npz"):
         with np.load(path) as want, np.load(parts / path.name) as have:
             assert have.files == want.files
@@ -113,6 +116,7 @@ def test_a_run_that_is_killed_twice_ends_as_if_never_stopped(few_digits, tmp_pat
         assert list(parts.glob("*.npz"))
     few_digits.main([*run, str(parts), "--resume"])
     assert capsys.readouterr().out == expected
+    assert_same_checkpoints(whole, parts)
 
 
 def test_a_finished_run_resumed_trains_nothing(few_digits, tmp_path, monkeypatch):
