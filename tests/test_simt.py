@@ -80,8 +80,12 @@ def launch(body, pick, **options):
     return run(module.get_function("k"), **options)
 
 
-def test_there_are_planted_bugs():
-    assert len(PLANTED) > 50
+def test_every_kind_of_undefined_behaviour_is_planted():
+    hooks = (build.HERE / "runtime" / "hooks.h").read_text()
+    kinds = re.findall(r'^SIMT_UNDEFINED_HOOK\(\w+, "(.*)"\)', hooks, re.M)
+    patterns = [parameter.values[0].message for parameter in PLANTED]
+    assert len(PLANTED) > 50 and len(kinds) > 10
+    assert not [k for k in kinds if not any(re.match(pattern, k) for pattern in patterns)]
 
 
 @pytest.mark.parametrize("bug", PLANTED)

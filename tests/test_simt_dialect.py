@@ -531,6 +531,7 @@ REFUSED = {
     "half plus int": "y[0] = __half2float(h[0] + 1);",
     "a shuffle of a struct": "y[0] = __shfl_sync(~0u, make_float2(1, 2), 0).x;",
     "NAN": "y[0] = NAN;",
+    "an array of variable size": "float v[2 * blockDim.x];\nv[0] = 1;\ny[0] = v[0];",
 }
 
 

@@ -26,7 +26,10 @@ KERNEL = (
     *("-fvisibility=hidden", "-fno-gnu-unique", "-fno-threadsafe-statics"),
     # the compiler announces accesses, doubtful operations and basic blocks: see runtime/hooks.h
     *("-fsanitize=thread,undefined,float-cast-overflow", "-fsanitize-coverage=trace-pc"),
-    "-fno-sanitize=vptr,float-divide-by-zero",
+    # what is no mistake in CUDA, or does not exist there
+    "-fno-sanitize=float-divide-by-zero,vptr,unreachable,builtin",
+    "-fno-sanitize=nonnull-attribute,returns-nonnull-attribute",
+    "-Werror=vla",
     "-ftrivial-auto-var-init=pattern",  # what a kernel forgets to initialise is the same garbage
     *("-Wno-unknown-pragmas", "-Wno-unused", "-Wno-attributes"),
 )

@@ -52,6 +52,17 @@ float v[8];
 if (t == 0) memcpy(v, x + n - PICK(7, 8), sizeof v);  // here
 if (t == 0) y[0] = v[0];
 
+//// cp.async over the end
+// message: out of bounds: read of 4 bytes, 4 bytes past the end of x
+__shared__ __align__(16) float s[16];
+if (t < 4) cp_async<8>(s + 2 * t, x + n - 2 * PICK(3, 4) + 2 * t);  // here
+cp_async_commit();
+cp_async_wait<0>();
+
+//// pointer that wrapped around
+// message: pointer arithmetic overflow
+if (t == 0) y[b] = x[PICK(~0ull - (1ull << 63) / 64, 0ull)];  // here
+
 //// null pointer
 // message: null pointer used
 // launch: grid=1
@@ -113,6 +124,10 @@ for (int j = t; j < 16 * 17; j += 32) s[j] = 0;
 __syncwarp();
 u32 r[4];
 ldmatrix_x4(r, s + t % 16 * PICK(17, 16));  // here
+
+//// atomic misaligned
+// message: misaligned: atomic of 4 bytes at byte 1 of i
+if (t == 0) atomicAdd(reinterpret_cast<int*>(reinterpret_cast<char*>(i) + PICK(1, 4)), 1);  // here
 
 //// vector reduction misaligned
 // message: misaligned: red_add of float4 needs an address aligned to 16 bytes
@@ -280,6 +295,10 @@ if (t == 0 && b == 0) *i = n * n * n * n * PICK(n * n, 1);  // here
 // message: signed integer overflow in \+
 if (t == 0 && b == 0) *i = (n << 24) + PICK((n << 24), 1);  // here
 
+//// int overflow in a difference
+// message: signed integer overflow in -
+if (t == 0 && b == 0) *i = -n * (1 << 25) - PICK(n, 0);  // here
+
 //// negation of INT_MIN
 // message: signed integer overflow in negation
 const int low = -2147483647 - PICK(n / 64, 0);
@@ -309,6 +328,6 @@ if (PICK(false, true)) s[t] = true;
 if (s[t]) y[b] = 1;  // here
 
 //// no return value
-// message: function without its return value|unreachable
+// message: function without its return value
 const auto f = [](int n) -> float { if (n != 64) return 1; PICK(, return 2;) };  // here
 if (t == 0) y[b] = f(n);

@@ -32,13 +32,9 @@ SIMT_UNDEFINED_HOOK(divrem_overflow, "integer division by zero, or its overflow"
 SIMT_UNDEFINED_HOOK(shift_out_of_bounds, "shift by more than the width, or of a negative number")
 SIMT_UNDEFINED_HOOK(out_of_bounds, "index outside the array")
 SIMT_UNDEFINED_HOOK(pointer_overflow, "pointer arithmetic overflow")
-SIMT_UNDEFINED_HOOK(builtin_unreachable, "unreachable code reached")
 SIMT_UNDEFINED_HOOK(missing_return, "function without its return value")
-SIMT_UNDEFINED_HOOK(vla_bound_not_positive, "array of no positive size")
 SIMT_UNDEFINED_HOOK(load_invalid_value, "bool or enum with an impossible value")
 SIMT_UNDEFINED_HOOK(float_cast_overflow, "NaN or a float outside the integer's range cast to it")
-SIMT_UNDEFINED_HOOK(nonnull_arg, "null argument")
-SIMT_UNDEFINED_HOOK(invalid_builtin, "invalid argument of an intrinsic")
 struct TypeMismatch {
   const char* file;
   uint32_t line, column;
