@@ -69,7 +69,9 @@ struct PlaneBins {
   int y, x, height, width, offsets;
 
   __device__ index_t count() const { return static_cast<index_t>(height) * width; }
-  __device__ Bin of(int roi, int i) const { return {roi, y + i / width, x + i % width, offsets}; }
+  __device__ Bin of(int roi, index_t i) const {
+    return {roi, y + static_cast<int>(i / width), x + static_cast<int>(i % width), offsets};
+  }
 };
 
 __device__ __forceinline__ PlaneBins bins_of_plane(const RoIGeometry& g, int plane) {
@@ -119,8 +121,7 @@ __device__ __forceinline__ void for_bins_that_see(const PixelTile& tile, const R
       is_hit = thread < candidates - first;
       if (is_hit) {
         const index_t place = (first + thread) / bins.count();
-        const Bin bin = bins.of(near.item[place],
-                                static_cast<int>(first + thread - place * bins.count()));
+        const Bin bin = bins.of(near.item[place], first + thread - place * bins.count());
         const index_t row = row_of(g, bin);
         hit = {row, run_y(g, row, bin), run_x(g, row, bin)};
         is_hit = sees(runs[hit.y], tile.y, ROWS) && sees(runs[hit.x], tile.x, COLUMNS);
