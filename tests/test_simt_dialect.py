@@ -551,6 +551,8 @@ def test_what_cuda_refuses_is_refused_here(name):
 @pytest.mark.parametrize("architecture", [a for a in nvrtc.ARCHITECTURES if a >= 80])
 def test_nvrtc_takes_all_that_ran_here(architecture):
     """The dialect accepts nothing that CUDA does not have. __reduce_add_sync begins with sm_80."""
+    if not have_run:
+        pytest.skip("none of the tests above has run")
     code = PTX
     for i, ((before, parameters, body), test) in enumerate(have_run.items()):
         name, where = f"k{i}", test.partition("::")[2].replace('"', "'")

@@ -75,14 +75,25 @@ def test_first_sum():
 """
 
 
+def judge(folder, test):
+    """The lines that mutate.py prints of SUM and a test."""
+    (folder / "sum.cu").write_text(SUM)
+    (folder / "test_sum.py").write_text(test)
+    command = [sys.executable, "-m", "tests.simt.mutate", folder / "sum.cu"]
+    command += ["--jobs", "1", folder / "test_sum.py"]
+    return subprocess.check_output(command, cwd=build.HERE.parents[1], text=True).split("\n")
+
+
 @pytest.mark.skipif(not build.available(), reason="no g++ to build kernels with")
 def test_what_no_test_notices_is_told(tmp_path):
-    (tmp_path / "sum.cu").write_text(SUM)
-    (tmp_path / "test_sum.py").write_text(SUM_TEST)
-    command = [sys.executable, "-m", "tests.simt.mutate", tmp_path / "sum.cu"]
-    command += ["--jobs", "1", tmp_path / "test_sum.py"]
-    answer = subprocess.run(command, cwd=build.HERE.parents[1], capture_output=True, text=True)
-    told = answer.stdout.split("\n")
-    assert "survived: sum.cu:2" not in told, answer.stderr
+    told = judge(tmp_path, SUM_TEST)
+    assert "survived: sum.cu:2" not in told
     assert told.count("survived: sum.cu:3") == 3  # another sign, two other elements
     assert f"{tmp_path / 'sum.cu'}: 7 of 10 killed (70.0 %)" in told
+
+
+@pytest.mark.skipif(not build.available(), reason="no g++ to build kernels with")
+def test_tests_that_fail_anyway_judge_nothing(tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        judge(tmp_path, SUM_TEST.replace("== 5", "== 6"))
+    assert "the tests fail, or there are none" in error.value.output

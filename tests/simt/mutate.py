@@ -143,8 +143,8 @@ class MutantLoop:
         self.items = session.items
         start = time.monotonic()
         self.start(None, 3600)
-        if self.wait()[1] != SURVIVED or not self.items:
-            sys.exit("the tests fail, or there are none, before anything is changed")
+        if self.wait()[1] != SURVIVED:
+            return True
         timeout = int(60 + 5 * (time.monotonic() - start))
         while self.waiting or self.running:
             while self.waiting and len(self.running) < self.jobs:
@@ -244,6 +244,9 @@ def main():
         _silence()
         loop = MutantLoop(chosen, options.jobs, out)
         pytest.main([*arguments, "-q", "-p", "no:cacheprovider"], plugins=[loop])
+        if not loop.counts.total():
+            print("the tests fail, or there are none, before anything is changed", file=out)
+            sys.exit(1)
         killed, survived = loop.counts[KILLED], loop.counts[SURVIVED]
         share = 100 * killed / max(killed + survived, 1)
         print(f"{options.file}: {killed} of {killed + survived} killed ({share:.1f} %)", file=out)
