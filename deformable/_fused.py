@@ -3,6 +3,10 @@
 The kernels, ``cuda/fused_conv.cu`` on tensor cores and ``cuda/fused_depthwise.cu`` for one channel
 per group, say how they work. Here a convolution is cut into pieces for them: which samples share a
 step, how large tiles are, and whether sums are split so that all of the GPU has something to do.
+
+Besides the result a call takes memory for its weights, packed, and a copy of an image that does not
+lie channels-last. Sums that are split take at most a tile for each block that the GPU can hold, that
+is 128 KiB per multiprocessor.
 """
 
 import functools
@@ -167,7 +171,7 @@ def variant(
     slots = -(-(depth // run * g.taps) // samples)
     steps = chunks * slots
 
-    # wide tiles gather least; three terms need the registers for their own sums
+    # wide tiles gather least; three terms need the registers for low parts
     tiles = -(-outs // (WIDTHS[-1] if terms == 1 else WIDTHS[-2]))
     tile_n = next(width for width in WIDTHS if width * tiles >= outs)
     stage = tile_n * STEP_UNITS * (2 if terms == 3 else 1)

@@ -69,6 +69,14 @@ def random_case(
     return {name: a.astype(dtype) for name, a in arrays.items()}, keywords
 
 
+def geometry(dtype, **sizes):
+    arrays, keywords = random_case(dtype, **sizes)
+    names = ("x", "offset", "weight", "bias")
+    return deformable.deform_conv._check(
+        "", *(arrays[name] for name in names), *keywords.values(), arrays["mask"]
+    )[0]
+
+
 def plain(arrays, keywords):
     """The plain convolution of the same arrays, whose groups cannot be seen from the shapes."""
     groups = arrays["x"].shape[1] // arrays["weight"].shape[1]
@@ -179,25 +187,36 @@ def test_sums_may_be_split_among_blocks(processors, precision, order, launched, 
     check(conv2d, *plain(arrays, keywords), mode)
 
 
+@pytest.mark.parametrize("sizes", [{"c": 24, "offset_groups": 3}, {"c": 40}])
 @pytest.mark.parametrize("shared", [48, 64, 100])
-def test_plans_fit_into_the_shared_memory(shared, order, monkeypatch):
+def test_plans_fit_into_the_shared_memory(shared, sizes, order, monkeypatch):
+    """They are split: the last one has fewer slots, and a part of the sums may begin within one."""
     monkeypatch.setattr(_fused, "_resources", lambda device: (4, shared << 10))
-    check(deform_conv2d, *random_case(np.float16, c=24, offset_groups=3, o=10))
+    check(deform_conv2d, *random_case(np.float16, o=10, **sizes))
 
 
 @pytest.mark.parametrize("sizes", [{}, {"c": 256, "o": 512, "n": 8}, {"c": 4, "groups": 2}])
 @pytest.mark.parametrize("shared", [100 << 10, 164 << 10, 228 << 10])
 def test_the_blocks_of_a_multiprocessor_share_its_memory(sizes, shared):
-    arrays, keywords = random_case(np.float32, **{"h": 30, "w": 20} | sizes)
-    g, _ = deformable.deform_conv._check(
-        "", arrays["x"], arrays["offset"], arrays["weight"], None, *keywords.values(), None
-    )
+    g = geometry(np.float32, **{"h": 30, "w": 20} | sizes)
     for terms in 1, 3:
         v = _fused.variant(g, 4, terms, 4, 132, shared)
         blocks = _fused.WARPS // v.warps if shared >= 164 << 10 else 1
         outputs, reserved = 12 * 32 * v.warps, 1 << 10
         assert blocks * (v.shared + outputs + reserved) <= shared
         assert v.layout.planned >= min(v.layout.slots, _fused.LEAST_PLANNED)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"c": 512, "o": 256}, {"c": 256, "groups": 8, "n": 3}])
+@pytest.mark.parametrize("processors", [1, 16, 132])
+def test_split_sums_take_no_more_than_the_tiles_of_resident_blocks(sizes, processors):
+    g = geometry(np.float16, **{"h": 20, "w": 20} | sizes)
+    for terms, itemsize in (1, 2), (3, 4):
+        v = _fused.variant(g, itemsize, terms, 4, processors, 228 << 10)
+        parts = v.grid[2]
+        sums = parts * g.batch * g.positions * g.out_channels * 4
+        assert parts == 1 or sums <= processors * 128 << 10
+        assert parts == 1 or processors > 1
 
 
 # ---- exactness
@@ -332,21 +351,13 @@ def test_memory_is_packed_weights_and_parts_of_split_sums(dtype, processors, mon
         with substitute.memory() as peak:
             y = deform_conv2d(**given, **keywords)
     size, steps = arrays["x"].itemsize, 9 * arrays["x"].itemsize
-    packed = arrays["weight"].size * size * (2 if dtype == np.float32 else 1) * (steps + 2) // steps
+    packed = arrays["weight"].size * size * (2 if dtype == np.float32 else 1) * (steps + 1) // steps
     samples = 9 * 16
     parts = steps // _fused.LEAST_STEPS if processors == 300 else 0
     assert peak[0] <= y.nbytes + packed + samples + parts * y.size * 4
 
 
 # ---- where these kernels are used
-
-
-def geometry(dtype, **sizes):
-    arrays, keywords = random_case(dtype, **sizes)
-    names = ("x", "offset", "weight", "bias")
-    return deformable.deform_conv._check(
-        "", *(arrays[name] for name in names), *keywords.values(), arrays["mask"]
-    )[0]
 
 
 @pytest.mark.skipif(HAVE_GPU, reason="needs GPUs of different kinds")

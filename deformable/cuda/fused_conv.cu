@@ -47,8 +47,8 @@ struct Layout {
   int runs;         // of a group of weights
   int rows;         // runs of a pixel: the image is read as rows of a run
   int rows_shared;  // consecutive rows with the same samples, those of an offset group
-  int samples;      // of a step: 1, 2 or 4, so many lanes of a quad share none
-  int lane_bits;    // 1 << lane_bits lanes share one
+  int samples;      // of a step: 1, 2 or 4
+  int lane_bits;    // 1 << lane_bits lanes of a quad share one
   int step_bytes;   // channels of a step
   int chunks;       // steps to get through a run
   int slots;        // steps with samples of their own: 4 >> lane_bits samples each
