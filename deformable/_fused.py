@@ -4,9 +4,9 @@ The kernels, ``cuda/fused_conv.cu`` on tensor cores and ``cuda/fused_depthwise.c
 per group, say how they work. Here a convolution is cut into pieces for them: which samples share a
 step, how large tiles are, and whether sums are split so that all of the GPU has something to do.
 
-Besides the result a call takes memory for its weights, packed, and a copy of an image that does not
-lie channels-last. Sums that are split take at most a tile for each block that the GPU can hold, that
-is 128 KiB per multiprocessor.
+Besides the result a call takes memory for its weights, packed, and for a copy of an image that does
+not lie channels-last. Sums that are split take at most a tile for each block that the GPU can hold,
+that is 128 KiB per multiprocessor.
 """
 
 import functools
