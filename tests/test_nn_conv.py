@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from scipy.ndimage import gaussian_filter
 
 from deformable import conv2d, deform_conv2d, nn
 from deformable.testing import check_layer, error_bound
@@ -199,3 +200,35 @@ def test_memory_stays_channels_last(xp):
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         nn.DeformConv2d(4, 6, **options)
+
+
+def trained(max_offset=None, max_norm=None):
+    """The loss and the largest offset after a training whose offsets learn far too fast.
+
+    Images are to be moved by two pixels; black ones would have a loss of about 1.
+    """
+    rng = np.random.default_rng(0)
+    wide = gaussian_filter(rng.normal(size=(4, 1, 16, 20)), (0, 0, 1.5, 1.5))
+    x, target = wide[..., 2:18] / wide.std(), wide[..., :16] / wide.std()
+    options = {"padding": 1, "offset_lr_mult": 100.0, "dtype": np.float64}
+    layer = nn.DeformConv2d(1, 1, 3, **options, max_offset=max_offset, rng=rng)
+    optimizer = nn.SGD(layer.params(), lr=0.05, momentum=0.9)
+    for _ in range(80):
+        y, backward = layer(x)
+        loss, grad = nn.mse(y, target)
+        backward(grad)
+        if max_norm is not None:
+            nn.clip_grad_norm(layer.params(), max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss, abs(layer.offsets(x)).max()
+
+
+@pytest.mark.parametrize("against_it", [{"max_offset": 1.5}, {"max_norm": 0.1}])
+def test_bounded_offsets_or_clipped_gradients_save_a_training_that_explodes(against_it):
+    lost, far = trained()
+    assert lost > 0.7
+    assert far > 100
+    loss, distance = trained(**against_it)
+    assert loss < lost / 2
+    assert distance < 30
