@@ -202,3 +202,17 @@ def test_shapes_that_do_not_fit_are_refused(layer, shape, message):
     for call in layer, layer.predict:
         with pytest.raises(ValueError, match=message):
             call(np.ones(shape))
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "message"),
+    [
+        (linear(), np.ones((3, 4), "f4"), "Linear: x has dtype float32, expected float64 as"),
+        (linear(), [1.0], "Linear: x is list, expected a numpy or cupy array"),
+        (batch_norm(), np.ones((3, 4, 2, 2), int), "BatchNorm2d: x has dtype int64, expected one"),
+    ],
+)
+def test_dtypes_that_do_not_fit_are_refused(layer, x, message):
+    for call in layer, layer.predict:
+        with pytest.raises(TypeError, match=message):
+            call(x)

@@ -232,3 +232,20 @@ def test_bounded_offsets_or_clipped_gradients_save_a_training_that_explodes(agai
     loss, distance = trained(**against_it)
     assert loss < lost / 2
     assert distance < 30
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.DeformConv2d])
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (np.ones((2, 4, 7, 6)), TypeError, "x has dtype float64, expected float32 as weight has"),
+        (np.ones((2, 4, 7, 6), np.uint8), TypeError, "x has dtype uint8, expected one of float16"),
+        (np.ones((2, 3, 7, 6), np.float32), ValueError, r"\(2, 3, 7, 6\), expected \(N, 4, H, W\)"),
+        (np.ones((4, 7, 6), np.float32), ValueError, r"\(4, 7, 6\), expected \(N, 4, H, W\)"),
+        ([1.0], TypeError, "x is list, expected a numpy or cupy array"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused_in_the_words_of_the_layer(kind, x, error, message):
+    layer = kind(4, 6, 3, groups=2)
+    with pytest.raises(error, match=f"^{kind.__name__}: x .*{message.removeprefix('x ')}"):
+        layer(x)

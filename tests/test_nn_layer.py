@@ -230,3 +230,15 @@ def test_initial_weights_have_the_variance_of_he():
 def test_a_layer_without_a_call_says_so():
     with pytest.raises(NotImplementedError):
         nn.Layer()(1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: nn.Sequential([nn.ReLU()]), "Sequential: got list, expected layers"),
+        (lambda: nn.Linear(2, 3).to("cuda"), "to: target is 'cuda', expected numpy, cupy or"),
+    ],
+)
+def test_what_is_no_layer_and_no_device_is_refused(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from deformable._array import Array, array_module, check_shape, compute_dtype
+from deformable._array import Array, array_module, check_dtypes, check_shape, compute_dtype
 from deformable.nn.distributed import sum_over_ranks
-from deformable.nn.layer import Backward, Buffer, Layer, Param, he_normal
+from deformable.nn.layer import Backward, Buffer, Layer, Param, check_input, he_normal
 
 
 class Linear(Layer):
@@ -51,7 +51,7 @@ class Linear(Layer):
     def __call__(self, x: Array) -> tuple[Array, Backward]:
         """Multiply x (N, in_features)."""
         weight = self.weight.data
-        check_shape("Linear", "x", x, ("N", weight.shape[1]))
+        check_input("Linear", x, weight, ("N", weight.shape[1]))
         y = _product(x, weight.T)
         if self.bias is not None:
             y = y + self.bias.data
@@ -209,7 +209,7 @@ class BatchNorm2d(Layer):
 
     def __call__(self, x: Array) -> tuple[Array, Backward]:
         """Normalise x (N, channels, H, W)."""
-        check_shape("BatchNorm2d", "x", x, ("N", *self.weight.data.shape, "H", "W"))
+        self._check(x)
         xp, frozen = array_module(x), self.frozen
         if frozen:
             mean, var = _column(self.running_mean.data), _column(self.running_var.data)
@@ -238,10 +238,14 @@ class BatchNorm2d(Layer):
 
     def predict(self, x: Array) -> Array:
         """Normalise x (N, channels, H, W) by the running averages."""
-        check_shape("BatchNorm2d", "x", x, ("N", *self.weight.data.shape, "H", "W"))
+        self._check(x)
         scale = self.weight.data / array_module(x).sqrt(self.running_var.data + self.eps)
         shift = self.bias.data - self.running_mean.data * scale
         return (x * _column(scale) + _column(shift)).astype(x.dtype, copy=False)
+
+    def _check(self, x: Array) -> None:
+        check_dtypes("BatchNorm2d", {"x": x}, {})
+        check_shape("BatchNorm2d", "x", x, ("N", *self.weight.data.shape, "H", "W"))
 
     def _follow(self, mean: Array, var: Array) -> None:
         """Move the running averages towards those of a batch."""

@@ -14,7 +14,7 @@ import numpy as np
 from deformable._array import Array, Pair, array_module, pair
 from deformable.conv import conv2d, conv2d_backward
 from deformable.deform_conv import deform_conv2d, deform_conv2d_backward
-from deformable.nn.layer import Backward, Layer, Param, he_normal
+from deformable.nn.layer import Backward, Layer, Param, check_input, he_normal
 
 
 class Conv2d(Layer):
@@ -74,6 +74,7 @@ class Conv2d(Layer):
     def __call__(self, x: Array) -> tuple[Array, Backward]:
         """Convolve x (N, in_channels, H, W)."""
         weight, bias = self.weight.data, self.bias and self.bias.data
+        self._check(x)
         geometry = self.stride, self.padding, self.dilation, self.groups
         y = conv2d(x, weight, bias, *geometry)
 
@@ -85,6 +86,11 @@ class Conv2d(Layer):
             return grad.x
 
         return y, backward
+
+    def _check(self, x: Array) -> None:
+        weight = self.weight.data
+        channels = weight.shape[1] * self.groups
+        check_input(type(self).__name__, x, weight, ("N", channels, "H", "W"))
 
 
 class DeformConv2d(Conv2d):
@@ -185,6 +191,7 @@ class DeformConv2d(Conv2d):
     def __call__(self, x: Array) -> tuple[Array, Backward]:
         """Predict the offsets of x (N, in_channels, H, W), and convolve it with them."""
         weight, bias = self.weight.data, self.bias and self.bias.data
+        self._check(x)
         geometry = self.stride, self.padding, self.dilation
         offset, mask, branch_backward = self._branch(x)
         y = deform_conv2d(x, offset, weight, bias, *geometry, mask)

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from deformable._array import Array, array_module
+from deformable._array import Array, array_module, check_dtypes, check_library, check_shape
 
 Backward = Callable[..., Any]
 
@@ -150,6 +150,9 @@ class Sequential(Layer):
     """
 
     def __init__(self, *layers: Layer) -> None:
+        for layer in layers:
+            if not isinstance(layer, Layer):
+                raise TypeError(f"Sequential: got {type(layer).__name__}, expected layers")
         self.layers = list(layers)
 
     def children(self) -> Iterator[tuple[str, Layer]]:
@@ -185,6 +188,13 @@ def he_normal(shape: tuple[int, ...], dtype: Any, rng: np.random.Generator | Non
     return (rng.standard_normal(shape) * scale).astype(dtype)
 
 
+def check_input(layer: str, x: Array, weight: Array, shape: tuple[int | str, ...]) -> None:
+    """Raise unless x is of the library and dtype of a layer's weight, and has this shape."""
+    check_library(layer, {"weight": weight, "x": x})
+    check_dtypes(layer, {"weight": weight, "x": x}, {})
+    check_shape(layer, "x", x, shape)
+
+
 def to_host(array: Array) -> np.ndarray:
     """The array in the computer's main memory."""
     return array if isinstance(array, np.ndarray) else array.get()
@@ -194,6 +204,8 @@ def move(array: Array, target: Any) -> Array:
     """The array on an array library (as it is where it is there already) or a CuPy device."""
     if isinstance(target, ModuleType):
         return array if array_module(array) is target else target.asarray(to_host(array))
+    if not hasattr(target, "__enter__"):
+        raise TypeError(f"to: target is {target!r}, expected numpy, cupy or a cupy.cuda.Device")
     with target:
         return sys.modules["cupy"].asarray(to_host(array))
 
