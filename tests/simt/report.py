@@ -10,7 +10,7 @@ in it. An element is one channel of what is looped over: for a convolution one (
 channel) value of its columns, for an image gradient one (pixel, sample, channel), for RoIs one
 (bin, pixel, channel). How many there are follows from the loads in the loop, as ``loads`` tells.
 What happens in some of the rounds only is left out: plans of samples, and in ``fused_conv`` with
-TERMS=3 the promotion of the sums in every eighth step, which adds 1.3 per element.
+TERMS=3 the promotion of the sums in every fourth step, which adds 1.9 per element.
 """
 
 import contextlib
