@@ -44,6 +44,7 @@ from deformable._array import (
 
 BLOCK_BYTES = 4 << 20  # of a sparse matrix and its product, or of the lines of maxima, alive
 ENTRY_BYTES = 32  # of an entry of a matrix, while it is made
+TAP_BYTES = 64  # of a pixel that a run sees, while its weight is found
 
 
 class RoIGeometry(NamedTuple):
@@ -263,7 +264,7 @@ def _round(v: np.ndarray) -> np.ndarray:
 
 
 class Runs(NamedTuple):
-    """Runs of evenly spaced samples along one axis: (runs,) each, float64.
+    """Runs of evenly spaced samples, each along one axis: (runs,) each, float64.
 
     Sample i lies at start + (i + phase) · extent / total. Those in [first, end) count; of these
     the ones in [inner, outer) lie between two pixels, the others are clamped to an outermost one.
@@ -272,8 +273,8 @@ class Runs(NamedTuple):
     start: np.ndarray
     extent: np.ndarray
     total: np.ndarray
+    size: np.ndarray  # of the image along the axis
     phase: float
-    size: int
     first: np.ndarray
     inner: np.ndarray
     outer: np.ndarray
@@ -310,7 +311,7 @@ class Runs(NamedTuple):
         slope = _moved(samples, 1) - samples
         weight = _moved(right, 1) + (samples - right)
         weight += np.where(at == 0, run.inner - run.first, 0)
-        weight += np.where(at == self.size - 1, run.end - run.outer, 0)
+        weight += np.where(at == run.size - 1, run.end - run.outer, 0)
         seen = (weight != 0) | (slope != 0) if slopes else weight != 0
         seen &= (step >= 0) & (step < run.pixels)
         length = np.bincount(owner[seen], minlength=len(reach))
@@ -329,15 +330,14 @@ def _moved(a: np.ndarray, by: int) -> np.ndarray:
 
 
 def make_runs(
-    start: np.ndarray, extent: np.ndarray, total: np.ndarray, rule: Rule, size: int
+    start: np.ndarray, extent: np.ndarray, total: np.ndarray, size: np.ndarray, rule: Rule
 ) -> Runs:
     """Runs of which the samples in [−margin, size − 1 + margin] count."""
-    start, extent, total = (a.ravel() for a in np.broadcast_arrays(start, extent, total))
     # a RoI that ends before it begins has the same samples, counted from the other end
     backwards = extent < 0
     start, extent = np.where(backwards, start + extent, start), np.abs(extent)
     run = Runs(
-        start, extent, total, rule.phase, size, start, start, start, start, start, start, backwards
+        start, extent, total, size, rule.phase, start, start, start, start, start, start, backwards
     )
     first = run.before(-rule.margin)
     end = run.before(np.nextafter(size - 1 + rule.margin, np.inf))
@@ -359,39 +359,41 @@ class Bins(NamedTuple):
     """
 
     image: np.ndarray  # (rows,)
-    y: Runs
-    x: Runs
+    runs: Runs  # along y those of all RoIs, then those along x
     run_y: np.ndarray  # (rows,): which of the runs
     run_x: np.ndarray
     plane: np.ndarray  # (rows,): which group of channels
 
     def means(self, rule: Rule) -> np.ndarray:
         """The factors that make sums of samples means, (rows,)."""
-        y, x = ((a.end - a.first) if rule.kept else a.total for a in (self.y, self.x))
-        return 1 / np.maximum(y[self.run_y] * x[self.run_x], 1)
+        samples = self.runs.end - self.runs.first if rule.kept else self.runs.total
+        return 1 / np.maximum(samples[self.run_y] * samples[self.run_x], 1)
 
     def lost(self) -> np.ndarray:
         """Whether a position is NaN, (rows,)."""
-        return np.isnan(self.y.start[self.run_y] + self.x.start[self.run_x])
+        lost = np.isnan(self.runs.start)
+        return lost[self.run_y] | lost[self.run_x]
 
     def pattern(
         self, g: RoIGeometry, seen: slice, dtype: np.dtype, slopes: bool = False
     ) -> "Pattern":
         """The matrices on the rows ``seen`` of the arranged image, from the first image on."""
-        y, x = self.y.taps(dtype, slopes), self.x.taps(dtype, slopes)
+        taps = self.runs.taps(dtype, slopes)
         width = seen.stop - seen.start
         index_type = np.int32 if width <= INT32_MAX else np.int64
-        lines, entries = y.length[self.run_y], x.length[self.run_x]
+        lines, entries = taps.length[self.run_y], taps.length[self.run_x]
         start = np.zeros(len(lines) + 1, index_type)
         np.cumsum(lines * entries, out=start[1:])
         row = np.repeat(np.arange(len(lines)), lines)
-        line = spread(y.first[self.run_y], lines)
+        line = spread(taps.first[self.run_y], lines)
         length = entries[row]
-        entry = spread(x.first[self.run_x][row], length)
-        first = (self.image[row] * g.height + y.pixel[line]) * g.width * g.planes + self.plane[row]
+        entry = spread(taps.first[self.run_x][row], length)
+        first = (self.image[row] * g.height + taps.pixel[line]) * g.width * g.planes + self.plane[
+            row
+        ]
         column = np.repeat(first.astype(index_type), length)
-        column += (x.pixel * g.planes).astype(index_type)[entry]
-        return Pattern(y, x, row, line, length, entry, column, start, width)
+        column += (taps.pixel * g.planes).astype(index_type)[entry]
+        return Pattern(taps, row, line, length, entry, column, start, width)
 
 
 def make_bins(g: RoIGeometry, rule: Rule, box: Boxes, offset: np.ndarray | None = None) -> Bins:
@@ -405,16 +407,18 @@ def make_bins(g: RoIGeometry, rule: Rule, box: Boxes, offset: np.ndarray | None 
         shift_y, shift_x = shifts(g, box, offset)
     y = _along(rule, box.y, box.height, g.pooled_h, g.sampling_h, g.height, shift_y, (2, 3))
     x = _along(rule, box.x, box.width, g.pooled_w, g.sampling_w, g.width, shift_x, (1, 3))
+    start, extent, total, size = np.concatenate((y, x), axis=1)
+    runs = make_runs(start, extent, total, size, rule)
 
     group_y = np.arange(g.pooled_h) * g.group_h // g.pooled_h
     group_x = np.arange(g.pooled_w) * g.group_w // g.pooled_w
     plane = (group_y[:, None, None] * g.group_w + group_x[:, None]) * g.classes
     plane = np.tile((plane + np.arange(g.classes)).ravel(), g.rois)
-    return Bins(np.repeat(box.image, g.bins), y, x, run_y, run_x, plane)
+    return Bins(np.repeat(box.image, g.bins), runs, run_y, run_x + y.shape[1], plane)
 
 
 def _along(rule, origin, length, pooled, sampling, size, shift, axes):
-    """The runs of the bins along one axis; ``axes`` of a shift (K, PH, PW, classes) are others."""
+    """Arguments of :func:`make_runs` for one axis: its bins, shifted along other ``axes`` too."""
     origin, step = origin[:, None], length[:, None] / pooled
     p = np.arange(pooled)
     if rule.whole:
@@ -423,13 +427,14 @@ def _along(rule, origin, length, pooled, sampling, size, shift, axes):
         last = np.ceil((p + 1) * step + (origin - base)) + base
         first, last = (np.fmin(np.fmax(pixel, 0), size) for pixel in (first, last))
         total = np.maximum(last - first, 0)
-        return make_runs(first, total, total, rule, size)
-    start = origin + p * step
-    total = np.fmax(np.ceil(step), 0) if sampling < 1 else np.full_like(step, sampling)
+        start, step = first, total
+    else:
+        start = origin + p * step
+        total = np.fmax(np.ceil(step), 0) if sampling < 1 else np.full_like(step, sampling)
     if shift is not None:
         start = np.expand_dims(start, axes) + shift
         step, total = step[:, :, None, None], total[:, :, None, None]
-    return make_runs(start, step, total, rule, size)
+    return np.stack([a.ravel() for a in np.broadcast_arrays(start, step, total, size)])
 
 
 def shifts(g: RoIGeometry, box: Boxes, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -477,8 +482,7 @@ class Pattern(NamedTuple):
     A row consists of lines, one for each of its taps along y.
     """
 
-    y: Taps
-    x: Taps
+    taps: Taps
     row: np.ndarray  # (lines,)
     line: np.ndarray  # (lines,): tap along y
     length: np.ndarray  # (lines,): entries
@@ -494,13 +498,13 @@ class Pattern(NamedTuple):
 
         Entries of 0 are dropped: what they stand at may be infinite.
         """
-        line = getattr(self.y, y)[self.line]
+        line = getattr(self.taps, y)[self.line]
         if scale is not None:
             line *= scale.astype(line.dtype)[self.row]
-        data = np.repeat(line, self.length) * getattr(self.x, x)[self.entry]
+        data = np.repeat(line, self.length) * getattr(self.taps, x)[self.entry]
         if scale is not None and not np.isfinite(scale).all():
-            seen = np.repeat(getattr(self.y, y)[self.line], self.length)
-            data[(seen == 0) | (getattr(self.x, x)[self.entry] == 0)] = 0  # and not 0 · inf
+            seen = np.repeat(getattr(self.taps, y)[self.line], self.length)
+            data[(seen == 0) | (getattr(self.taps, x)[self.entry] == 0)] = 0  # and not 0 · inf
         shape = (len(self.start) - 1, self.width)
         matrix = csr_array((data, self.column, self.start), shape=shape)
         if not data.all():
@@ -519,7 +523,9 @@ def blocks(
     """
     ends = np.cumsum(size.reshape(g.rois, g.bins).sum(axis=1))
     limit = max(limit, BLOCK_BYTES)
-    runs_y, runs_x = (len(run.start) // max(g.rois, 1) for run in (at.y, at.x))
+    # of a RoI: those along y, of which the first is run 0, and those along x
+    first_x = int(at.run_x[0]) if g.rois else 0
+    runs_y, runs_x = (n // max(g.rois, 1) for n in (first_x, len(at.runs.start) - first_x))
     pixels = g.height * g.width * g.planes
     stop = 0
     while stop < g.rois:
@@ -528,12 +534,13 @@ def blocks(
         rows = slice(first * g.bins, stop * g.bins)
         image = at.image[rows]
         low, high = int(image.min()), int(image.max()) + 1
+        along_y = np.arange(first * runs_y, stop * runs_y)
+        along_x = np.arange(first * runs_x, stop * runs_x) + first_x
         part = Bins(
             image=image - low,
-            y=at.y.take(slice(first * runs_y, stop * runs_y)),
-            x=at.x.take(slice(first * runs_x, stop * runs_x)),
-            run_y=at.run_y[rows] - first * runs_y,
-            run_x=at.run_x[rows] - first * runs_x,
+            runs=at.runs.take(np.concatenate((along_y, along_x))),
+            run_y=at.run_y[rows] - along_y[0],
+            run_x=at.run_x[rows] - along_x[0] + len(along_y),
             plane=at.plane[rows],
         )
         yield rows, slice(low * pixels, high * pixels), part
@@ -541,7 +548,9 @@ def blocks(
 
 def matrix_bytes(at: Bins) -> np.ndarray:
     """About what each row takes while its matrix is made."""
-    return ENTRY_BYTES * at.y.pixels[at.run_y] * at.x.pixels[at.run_x]
+    along_y, along_x = at.runs.pixels[at.run_y], at.runs.pixels[at.run_x]
+    own = len(at.runs.start) / max(1, 2 * len(at.run_y))  # share of a run that is a row's own
+    return ENTRY_BYTES * along_y * along_x + own * TAP_BYTES * (along_y + along_x)
 
 
 # ---- CUDA: cuda/roi.cu

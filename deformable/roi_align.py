@@ -424,15 +424,15 @@ def _samples(g: RoIGeometry, rule: Rule, at: Bins) -> tuple[Bins, np.ndarray, np
     Samples are in row-major order. Those outside of the image are all 0, so the first of them
     stands for all, as one that sees nothing.
     """
-    y, x = (_singles(run, rule) for run in (at.y, at.x))
-    kept_y, kept_x = ((run.end - run.first).astype(np.int64) for run in (at.y, at.x))
-    first_y, first_x = (np.cumsum(kept) - kept for kept in (kept_y, kept_x))
-    rows, columns = kept_y[at.run_y], kept_x[at.run_x]
+    kept = (at.runs.end - at.runs.first).astype(np.int64)
+    single = np.cumsum(kept) - kept
+    rows, columns = kept[at.run_y], kept[at.run_x]
     inside = rows * columns
-    outside = inside < at.y.total[at.run_y] * at.x.total[at.run_x]
+    outside = inside < at.runs.total[at.run_y] * at.runs.total[at.run_x]
     # the first sample outside comes before all others, or after their first row, or after them
-    begins_inside = (inside > 0) & ~(_skips(at.y)[at.run_y] | _skips(at.x)[at.run_x])
-    row_ends_outside = columns < at.x.total[at.run_x]
+    skips = np.where(at.runs.backwards, at.runs.end < at.runs.total, at.runs.first > 0)
+    begins_inside = (inside > 0) & ~(skips[at.run_y] | skips[at.run_x])
+    row_ends_outside = columns < at.runs.total[at.run_x]
     stand_in = np.where(begins_inside, np.where(row_ends_outside, columns, inside), 0)
 
     count = inside + outside
@@ -441,12 +441,13 @@ def _samples(g: RoIGeometry, rule: Rule, at: Bins) -> tuple[Bins, np.ndarray, np
     beyond = outside[bin_] & (place >= stand_in[bin_])
     sees_nothing = beyond & (place == stand_in[bin_])
     row, column = np.divmod(place - beyond, np.maximum(columns, 1)[bin_])
+    runs = _singles(at.runs, rule)
+    nothing = len(runs.start) - 1
     samples = Bins(
         image=at.image[bin_],
-        y=y,
-        x=x,
-        run_y=np.where(sees_nothing, len(y.start) - 1, first_y[at.run_y][bin_] + row),
-        run_x=np.where(sees_nothing, len(x.start) - 1, first_x[at.run_x][bin_] + column),
+        runs=runs,
+        run_y=np.where(sees_nothing, nothing, single[at.run_y][bin_] + row),
+        run_x=np.where(sees_nothing, nothing, single[at.run_x][bin_] + column),
         plane=at.plane[bin_],
     )
     return samples, np.cumsum(count) - count, count
@@ -458,20 +459,15 @@ def _singles(run: Runs, rule: Rule) -> Runs:
     of = run.take(np.repeat(np.arange(len(kept)), kept))
     i = spread(np.zeros_like(kept), kept)
     start = of.position(np.where(of.backwards, of.end - 1 - i, of.first + i))
-    start = np.append(start, np.nan)
-    return make_runs(
-        start, np.zeros_like(start), np.ones_like(start), rule._replace(phase=0.0), run.size
-    )
-
-
-def _skips(run: Runs) -> np.ndarray:
-    """Whether the first sample, by the definition, is outside."""
-    return np.where(run.backwards, run.end < run.total, run.first > 0)
+    start, size = np.append(start, np.nan), np.append(of.size, 1)
+    rule = rule._replace(phase=0.0)
+    return make_runs(start, np.zeros_like(start), np.ones_like(start), size, rule)
 
 
 def _sample_bytes(g: RoIGeometry, at: Bins, dtype: np.dtype) -> np.ndarray:
     """About what the samples of each bin take."""
-    samples = (at.y.end - at.y.first)[at.run_y] * (at.x.end - at.x.first)[at.run_x] + 1
+    kept = at.runs.end - at.runs.first
+    samples = kept[at.run_y] * kept[at.run_x] + 1
     return samples * (3 * g.depth * dtype.itemsize + 4 * ENTRY_BYTES)
 
 

@@ -290,9 +290,9 @@ def _lines(g: RoIGeometry, cells: Bins) -> tuple[np.ndarray, np.ndarray, np.ndar
     A RoI has a line for each of its rows of pixels and columns of bins; from one line of a cell to
     the next there are PW.
     """
-    first_y, height, first_x, width = (
-        a.astype(np.int64) for a in (cells.y.start, cells.y.total, cells.x.start, cells.x.total)
-    )
+    first, size = (a.astype(np.int64) for a in (cells.runs.start, cells.runs.total))
+    along_x = int(cells.run_x[0])  # the first of these runs
+    (first_y, first_x), (height, width) = (np.split(a, [along_x]) for a in (first, size))
     top = first_y[:: g.pooled_h]
     rows = np.maximum((first_y + height)[g.pooled_h - 1 :: g.pooled_h] - top, 0)
     roi = np.repeat(np.arange(len(rows)), rows * g.pooled_w)
@@ -302,13 +302,13 @@ def _lines(g: RoIGeometry, cells: Bins) -> tuple[np.ndarray, np.ndarray, np.ndar
 
     of = np.arange(len(cells.run_y)) // g.bins
     before = (np.cumsum(rows) - rows)[of] + first_y[cells.run_y] - top[of]
-    line = before * g.pooled_w + cells.run_x % g.pooled_w
-    return pixel, width[column], line, height[cells.run_y] * (width[cells.run_x] > 0)
+    line = before * g.pooled_w + (cells.run_x - along_x) % g.pooled_w
+    return pixel, width[column], line, size[cells.run_y] * (size[cells.run_x] > 0)
 
 
 def _cell_bytes(g: RoIGeometry, at: Bins, dtype: np.dtype) -> np.ndarray:
     """About what the lines of each cell take."""
-    return (at.y.total[at.run_y] + 1) * (2 * g.channels * dtype.itemsize)
+    return (at.runs.total[at.run_y] + 1) * (2 * g.channels * dtype.itemsize)
 
 
 # ---- CUDA: cuda/roi_pool.cu
