@@ -565,8 +565,8 @@ SIDE = 32  # pixels, and channels, that a block copies
 class Plan(NamedTuple):
     """Where the bins of all RoIs look, on a GPU.
 
-    Where offsets shift bins it takes 176 bytes per row; where they do not, 88 to 216 times PH + PW
-    per RoI.
+    It takes 176 bytes per row where offsets shift bins, 88 to 216 times PH + PW bytes per RoI where
+    they do not, and 20 bytes per RoI.
     """
 
     runs: Array  # (K · runs, RUN): those along y, then those along x

@@ -1,6 +1,7 @@
 """What holds for every RoI operator, on both array libraries."""
 
 import tracemalloc
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import deformable
 from deformable import _roi
+from deformable._array import compute_dtype
 from deformable.testing import check_backward, error_bound
 from tests import reference_roi as reference
 from tests.arrays import host, on
@@ -682,6 +684,44 @@ def test_nothing_waits_for_the_device(name, xp, no_synchronisation):
     with no_synchronisation():
         y = functions(name)[0](**arrays, **keywords)
         gradients(name, y, arrays, keywords)
+
+
+@pytest.mark.skipif(HAVE_GPU, reason="the substitute counts allocations")
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("name", [*NAMES, "largest"])
+def test_workspace_on_a_gpu_is_copies_and_the_plan(name, dtype):
+    """Copies of x, of its gradient and of grad_y, and where maxima lie."""
+    from tests.simt import substitute
+    from tests.simt.settings import configure
+
+    mode = {"mode": "max"} if name == "largest" else {}
+    name = "roi_align" if mode else name
+    arrays, keywords = random_case(
+        name, np.random.default_rng(20), n=1, k=50, depth=24, classes=1, height=12, width=12,
+        output_size=(7, 7), sampling_ratio=(8, 8), group_size=(7, 7), part=(7, 7), mask=True,
+    )  # fmt: skip
+    keywords = {k: v for k, v in keywords.items() if k in signature(functions(name)[0]).parameters}
+    keywords |= mode
+    wide, maximum = compute_dtype(np.dtype(dtype)).itemsize, name == "roi_pool" or bool(mode)
+    runs = 2 * 49 * 88 if name in DEFORMABLE else (7 + 7) * (88 + 16 * wide * (not maximum))
+    numbers = {key: a.size for key, a in arrays.items() if key != "x"}
+    plan = 50 * (runs + 4 + 16 + 4) + 8 * sum(numbers.values()) + 8
+    with kernels("forward"), configure(races=False):
+        import cupy
+
+        given = on(cupy, {key: a.astype(dtype) for key, a in arrays.items()})
+        with substitute.memory() as forward:
+            y = functions(name)[0](**given, **keywords)
+        grad_y = cupy.ascontiguousarray(y)
+        with substitute.memory() as backward:
+            gradients(name, grad_y, given, keywords)
+    assert forward[0] <= given["x"].nbytes + y.nbytes + plan
+    own = 3 * wide * 50 * 49 + sum(wide * numbers.get(key, 0) * 2 for key in ("offset", "mask"))
+    images = 1 + ("ps_" in name) + (maximum or name in DEFORMABLE)
+    places = 2 * wide * y.size * maximum
+    bound = images * given["x"].nbytes + y.nbytes + places + plan + own
+    assert backward[0] <= bound
+    assert bound <= 64 * y.nbytes, "less than the samples of all bins"
 
 
 def test_many_rois_take_less_than_four_times_their_arrays():

@@ -4,12 +4,13 @@
 #include "roi.cuh"
 
 // A thread row computes three products of one bin's gradient: with what it sees, and with the slopes
-// of that along y and along x, its lanes reduced in a fixed order. along: y, x, mask.
+// of that along y and along x, its lanes reduced in a fixed order. Every pixel of the list is read
+// once and takes two multiply-adds per channel; a bin writes three numbers. along: y, x, mask.
 extern "C" __global__ void __launch_bounds__(256, 2)
     offset_gradient(const T* __restrict__ image, const T* __restrict__ grad_y,
-                    const Run* __restrict__ runs,
-                    const int* __restrict__ images, const double* __restrict__ mask,
-                    A* __restrict__ along, const RoIGeometry g, const Rule rule) {
+                    const Run* __restrict__ runs, const int* __restrict__ images,
+                    const double* __restrict__ mask, A* __restrict__ along, const RoIGeometry g,
+                    const Rule rule) {
   __shared__ Weights tables[ROWS];
   const index_t row = static_cast<index_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= g.rows()) return;  // only the lanes of a thread row ever wait for each other

@@ -4,8 +4,8 @@
 static_assert(sizeof(Run) == 11 * sizeof(double), "RUN in _roi.py");
 static_assert(sizeof(Reach) == 4 * sizeof(int), "REACH in _roi.py");
 
-// A block makes the runs of a RoI, a thread one of them after the other, and finds how far the RoI
-// reaches. It takes some 300 instructions per run, and writes its 88 bytes.
+// A block makes the runs of a RoI, a thread one after the other, and finds how far the RoI reaches.
+// Then it fills the table, a thread by one pixel after the other. A run is 88 bytes and TILE weights.
 // rois (K, 5), offset (K, 2 classes, part_h, part_w); runs as in roi.cuh.
 extern "C" __global__ void __launch_bounds__(256)
     plan(const double* __restrict__ rois, const double* __restrict__ offset,
@@ -85,8 +85,8 @@ extern "C" __global__ void __launch_bounds__(256)
   }
 }
 
-// (N, C, H, W) arrays as rows (N, H, W, groups, classes, pitch): depth channels of a group and class
-// lie together, and zeros behind them.
+// (N, C, H, W) arrays as rows (N, H, W, groups, classes, pitch): the depth channels of a group and
+// class lie together, and zeros behind them.
 struct Layout {
   int images, channels, height, width, groups, depth, pitch;
 };
@@ -94,7 +94,7 @@ struct Layout {
 constexpr int SIDE = 32;
 
 // A block copies SIDE pixels x SIDE channels of one group: it reads along the pixels and writes along
-// the channels, whole sectors of memory, and turns them in shared memory.
+// the channels, each element once in whole sectors of memory, and turns them in shared memory.
 extern "C" __global__ void __launch_bounds__(256)
     arrange(const T* __restrict__ from, T* __restrict__ to, const Layout l) {
   __shared__ T tile[SIDE][SIDE + 1];
@@ -107,10 +107,10 @@ extern "C" __global__ void __launch_bounds__(256)
   for (int i = threadIdx.y; i < SIDE; i += blockDim.y) {
     const int place = first + i, in_class = place % l.pitch;
     if (place >= row || pixel + threadIdx.x >= pixels) continue;
-    const int64 channel = static_cast<int64>(place / l.pitch * l.depth + in_class) * l.groups + group;
-    tile[i][threadIdx.x] = in_class < l.depth ? from[(image * l.channels + channel) * pixels + pixel +
-                                                     threadIdx.x]
-                                              : static_cast<T>(0.f);
+    const int of_group = place / l.pitch * l.depth + in_class;
+    const int64 plane = image * l.channels + static_cast<int64>(of_group) * l.groups + group;
+    const bool padding = in_class >= l.depth;
+    tile[i][threadIdx.x] = padding ? T(0.f) : from[plane * pixels + pixel + threadIdx.x];
   }
   __syncthreads();
   for (int i = threadIdx.y; i < SIDE; i += blockDim.y) {

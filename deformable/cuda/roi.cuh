@@ -137,7 +137,7 @@ __device__ __forceinline__ Tap tap_of(const Run& run, int pixel, int size) {
   return tap;
 }
 
-// Where bins share runs a table has what the first TILE pixels of each run weigh; elsewhere it is null.
+// Where bins share runs a table has what the first TILE pixels of each run weigh, else it is null.
 constexpr int TILE = 16;
 
 // What the pixel so many steps after the first one weighs in the run of this number.

@@ -9,8 +9,10 @@
 
 constexpr int BATCH = 16;
 
-// A thread row computes one bin. Its lanes weigh a tile of pixels together, then each sums channels:
-// for VEC of them it reads each pixel that weighs something once, as one vector.
+// A thread row computes one bin. Its lanes list what weighs something in a tile of pixels, then each
+// sums channels. For VEC outputs it reads every pixel of the list once, at most (2 s)^2 of them for
+// s x s samples: 9 instructions per pixel and 4 channels, and per bin two runs and 2 TILE weights. It
+// writes every output once.
 extern "C" __global__ void __launch_bounds__(256, 2)
     average(const T* __restrict__ image, const Run* __restrict__ runs,
             const A* __restrict__ table, const int* __restrict__ images,
@@ -63,12 +65,14 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 }
 
 // A block gathers the gradient of a tile of pixels, a thread that of COLUMNS of them. The weights of
-// BATCH bins are computed together; per bin and row of pixels that it sees a channel is read once.
+// BATCH bins are looked up together. Then a bin takes one addition per pixel and channel, and one
+// read of its gradient per row of pixels in which it weighs something. Every pixel is written once.
 extern "C" __global__ void __launch_bounds__(256, 1)
-    average_gradient(const T* __restrict__ grad_y, const Run* __restrict__ runs, const int* __restrict__ order,
-                     const int* __restrict__ starts, const Reach* __restrict__ reaches,
-                     T* __restrict__ grad_image, const A* __restrict__ table,
-                     const double* __restrict__ mask, const RoIGeometry g, const Rule rule) {
+    average_gradient(const T* __restrict__ grad_y, const Run* __restrict__ runs,
+                     const int* __restrict__ order, const int* __restrict__ starts,
+                     const Reach* __restrict__ reaches, T* __restrict__ grad_image,
+                     const A* __restrict__ table, const double* __restrict__ mask,
+                     const RoIGeometry g, const Rule rule) {
   __shared__ List<int> near;
   __shared__ List<Hit> hits;
   __shared__ A weights[BATCH][ROWS + COLUMNS];  // of a column and of a row of pixels
@@ -134,10 +138,11 @@ __device__ __forceinline__ bool skips(const Run& run) {
 }
 
 // A thread row finds the largest sample of one bin, for each channel: its value, or where it lies,
-// from the first pixel on that the bin sees (roi_winner.cuh).
+// from the first pixel on that the bin sees (roi_winner.cuh). A sample reads its corners.
 extern "C" __global__ void __launch_bounds__(256, 2)
-    maximum(const T* __restrict__ image, const Run* __restrict__ runs, const int* __restrict__ images, T* __restrict__ y,
-            A* __restrict__ winner_y, A* __restrict__ winner_x, const RoIGeometry g) {
+    maximum(const T* __restrict__ image, const Run* __restrict__ runs,
+            const int* __restrict__ images, T* __restrict__ y, A* __restrict__ winner_y,
+            A* __restrict__ winner_x, const RoIGeometry g) {
   __shared__ Place tables[ROWS][TILE];
   const index_t row = static_cast<index_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= g.rows()) return;  // only the lanes of a thread row ever wait for each other

@@ -6,10 +6,12 @@
 #include "roi_winner.cuh"
 
 // A thread row goes through one cell, its lanes through the channels: a read and a comparison for
-// every pixel. Answers the largest value, or where it lies (roi_winner.cuh).
+// every pixel, VEC channels at a time. Answers the largest value, or where it lies (roi_winner.cuh):
+// two numbers per output, which the backward finds anew instead of keeping them.
 extern "C" __global__ void __launch_bounds__(256, 2)
-    maximum(const T* __restrict__ image, const Run* __restrict__ runs, const int* __restrict__ images, T* __restrict__ y,
-            A* __restrict__ winner_y, A* __restrict__ winner_x, const RoIGeometry g) {
+    maximum(const T* __restrict__ image, const Run* __restrict__ runs,
+            const int* __restrict__ images, T* __restrict__ y, A* __restrict__ winner_y,
+            A* __restrict__ winner_x, const RoIGeometry g) {
   const index_t row = static_cast<index_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= g.rows()) return;
 
@@ -34,12 +36,14 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 __device__ __forceinline__ A hat(A distance) { return max(static_cast<A>(0), 1 - abs(distance)); }
 
 // A block gathers the gradient of a tile of pixels, a thread that of COLUMNS of them, from the bins
-// whose winner lies within a pixel of them. Of most bins it reads no more than the winner's row.
+// whose winner lies within a pixel of them. It reads the winner's row for every row of pixels that
+// the bin sees, the rest only where that row is near. Every pixel is written once.
 extern "C" __global__ void __launch_bounds__(256, 2)
     winner_gradient(const T* __restrict__ grad_y, const A* __restrict__ winner_y,
-                    const A* __restrict__ winner_x, const Run* __restrict__ runs, const int* __restrict__ order,
-                    const int* __restrict__ starts, const Reach* __restrict__ reaches,
-                    T* __restrict__ grad_image, const RoIGeometry g) {
+                    const A* __restrict__ winner_x, const Run* __restrict__ runs,
+                    const int* __restrict__ order, const int* __restrict__ starts,
+                    const Reach* __restrict__ reaches, T* __restrict__ grad_image,
+                    const RoIGeometry g) {
   __shared__ List<int> near;
   __shared__ List<Hit> hits;
   const PixelTile tile = pixel_tile(g);

@@ -14,7 +14,7 @@ struct Winner {
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
       const A mine = value.value[i], its = other.value[i];
-      if (any && !(its > mine) && !(its != its && mine == mine)) continue;
+      if (any && (mine != mine || its <= mine)) continue;
       value.value[i] = its;
       y.value[i] = at_y;
       x.value[i] = at_x;
