@@ -268,6 +268,22 @@ def test_float32_is_not_rounded_to_tf32(processors, order, monkeypatch):
     assert 1e-5 <= error(rounded) <= 1e-3
 
 
+@pytest.mark.parametrize("rounded", ["x", "weight"])
+@pytest.mark.parametrize("operator", [deform_conv2d, conv2d])
+def test_tf32_is_the_nearest_one(operator, rounded, order):
+    arrays, keywords = random_case(
+        np.float32, c=1, o=1, kernel=(1, 1), padding=0, mask=False, bias=False
+    )
+    arrays["offset"][:] = 0
+    arrays["x"][:], arrays["weight"][:] = 1, 1
+    arrays[rounded][:] += 0.75 * TF32
+    if operator is conv2d:
+        arrays, keywords = plain(arrays, keywords)
+    with deformable.float32_precision("high"):
+        y = operator(**on(cupy, arrays), **keywords).get()
+    assert_array_equal(y, np.full_like(y, 1 + TF32))
+
+
 @pytest.mark.parametrize("array", ["x", "weight", "mask", "offset", "bias"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("precision", PRECISIONS)
