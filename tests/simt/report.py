@@ -10,7 +10,8 @@ in it. An element is one channel of what is looped over: for a convolution one (
 channel) value of its columns, for an image gradient one (pixel, sample, channel), for RoIs one
 (bin, pixel, channel). How many there are follows from the loads in the loop, as ``loads`` tells.
 What happens in some of the rounds only is left out: plans of samples, and in ``fused_conv`` with
-TERMS=3 the promotion of the sums in every fourth step, which adds 1.9 per element.
+TERMS=3 the promotion of the sums in every fourth step, which adds 1.9 per element. It never runs on
+sm_75, where its tensor cores are traps.
 """
 
 import contextlib
@@ -45,7 +46,7 @@ def _remembered():
 
 
 def loads(file, kernel, macros):
-    """Loads of 16 bytes in the inner loop for 16 bytes of elements."""
+    """Loads of 16 bytes in the inner loop for 16 bytes of elements; 0 where there are none."""
     match file, kernel:
         case "fused_conv.cu", "fused_conv":
             return int(macros["CORNERS"])
@@ -56,7 +57,7 @@ def loads(file, kernel, macros):
         case "deform_conv.cu", "offset_gradient":
             return 5  # four corners and the gradient of the columns
         case "roi_pool.cu", "winner_gradient":
-            return 1 + int(macros["VEC"]) // 2  # and where the winners lie, in float32
+            return 0  # it skips nearly all that it loads
     return 1
 
 
@@ -64,9 +65,8 @@ def per_element(file, kernel, options, resources):
     """Instructions of the inner loop for each element, or None if it has no loads of 16 bytes."""
     macros = dict(option.removeprefix("-D").split("=") for option in options)
     elements = 16 // BYTES[macros["DTYPE"]]
-    if not resources.per_load or int(macros["VEC"]) < elements:
-        return None
-    return resources.per_load * loads(file, kernel, macros) / elements
+    cost = resources.per_load * loads(file, kernel, macros) / elements
+    return cost if cost and int(macros["VEC"]) == elements else None
 
 
 def rows(variants, broken):
