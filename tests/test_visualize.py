@@ -265,6 +265,17 @@ def test_points_are_drawn_where_they_are_computed(xp):
     assert list(points) == ["sampling points", "output position"]
 
 
+def test_points_of_stacked_layers_are_drawn_at_the_hand_computed_places():
+    lower = Sampling(constant((0.5, 0), (8, 8)), 3, stride=2, padding=2, dilation=2)
+    upper = Sampling(constant((0, 0.25), (4, 4), taps=2), (1, 2), stride=(2, 1), padding=(0, 1))
+    points = drawn(visualize.sampling_points([lower, upper], (1, 2), np.zeros((16, 16))))
+    # upper looks at (2, 1.25) and (2, 2.25), lower from there on in steps of two pixels
+    columns = ((0.5, 2.5, 4.5), (2.5, 4.5, 6.5))
+    expected = [(y, x) for xs in columns for y in (2.5, 4.5, 6.5) for x in xs]
+    assert_array_equal(points["sampling points"], expected)
+    assert_array_equal(points["output position"], [(4, 3)])
+
+
 def test_every_depth_is_drawn_over_the_pixels_it_stands_for():
     layers = [
         Sampling(None, 1, stride=4),
