@@ -15,11 +15,10 @@ import os
 import pathlib
 import random
 import re
+import resource
 import shutil
-import signal
 import sys
 import tempfile
-import time
 
 import pytest
 
@@ -141,28 +140,28 @@ class MutantLoop:
 
     def pytest_runtestloop(self, session):
         self.items = session.items
-        start = time.monotonic()
         self.start(None, 3600)
         if self.wait()[1] != SURVIVED:
             return True
-        timeout = int(60 + 5 * (time.monotonic() - start))
+        seconds = int(60 + 5 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime)
         while self.waiting or self.running:
             while self.waiting and len(self.running) < self.jobs:
-                self.start(self.waiting.pop(), timeout)
+                self.start(self.waiting.pop(), seconds)
             mutant, status = self.wait()
             if status not in (KILLED, NOT_COMPILED):
                 name = "survived" if status == SURVIVED else "error"
                 print(f"{name}: {mutant}", file=self.out, flush=True)
         return True
 
-    def start(self, mutant, timeout):
+    def start(self, mutant, seconds):
+        """Judge a mutant in a child process, which may compute for so long."""
         cache = pathlib.Path(tempfile.mkdtemp())
         reading, writing = os.pipe()
         child = os.fork()
         if not child:
             status = ERROR
             try:
-                signal.alarm(timeout)
+                resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
                 _silence()
                 status = self.judge(mutant, cache, writing)
             finally:
