@@ -26,6 +26,7 @@ KERNEL = (
     *("-fvisibility=hidden", "-fno-gnu-unique", "-fno-threadsafe-statics"),
     # the compiler announces accesses, doubtful operations and basic blocks: see runtime/hooks.h
     *("-fsanitize=thread,undefined,float-cast-overflow", "-fsanitize-coverage=trace-pc"),
+    "-fsanitize=bounds-strict",  # also of an array at the end of a struct
     # what is no mistake in CUDA, or does not exist there
     "-fno-sanitize=float-divide-by-zero,vptr,unreachable,builtin",
     "-fno-sanitize=nonnull-attribute,returns-nonnull-attribute",

@@ -97,6 +97,14 @@ if (t < 8 && b == 0) y[t] = s[3][t];
 float v[4] = {1, 2, 3, 4};
 if (t == 0) y[b] = v[n / PICK(16, 17)];  // here
 
+//// array at the end of a struct, with another one behind it
+// message: index outside the array
+struct Row { float v[4]; };
+__shared__ Row s[2];
+Row& row = s[0];
+if (t == 0) row.v[n / PICK(16, 17)] = 1;  // here
+if (t == 0) y[b] = row.v[3];
+
 // ======== alignment
 
 //// vector load misaligned
