@@ -91,17 +91,14 @@ class Samples(NamedTuple):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Gradients of the positions y and x and of ``scale``, given those of the samples.
 
-        With the corner dots a, b / c, d the value of a sample is
-        a + lx (b - a) + ly (c - a) + lx ly (a - b - c + d).
+        Every corner dot is weighted as its corner is: what hardly counts hardly errs.
         """
         a, b, c, d = self.corner_dots(seen, grad)
-        b -= a
-        d -= c
-        c -= a
-        d -= b
-        along_y = c + self.lx * d
-        along_x = b + self.ly * d
-        value = a + self.lx * b + self.ly * along_y
+        left, upper = 1 - self.lx, 1 - self.ly
+        top, bottom = left * a + self.lx * b, left * c + self.lx * d
+        along_y = bottom - top
+        along_x = upper * (b - a) + self.ly * (d - c)
+        value = upper * top + self.ly * bottom
         # 0 · fraction: a NaN along one axis makes both gradients NaN
         factor = 0 * (self.ly + self.lx) + (1 if scale is None else scale)
         return along_y * factor, along_x * factor, value

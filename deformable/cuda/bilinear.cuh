@@ -38,8 +38,8 @@ struct SampleGradient {
 };
 
 __device__ __forceinline__ SampleGradient sample_gradient(const Sample& s, const A (&dots)[4]) {
-  const A right = dots[1] - dots[0], down = dots[2] - dots[0];
-  const A twist = dots[3] - dots[1] - down;
-  const A along_y = down + s.lx * twist, along_x = right + s.ly * twist;
-  return {along_y * s.scale, along_x * s.scale, dots[0] + s.lx * right + s.ly * along_y};
+  const A top = (1 - s.lx) * dots[0] + s.lx * dots[1];
+  const A bottom = (1 - s.lx) * dots[2] + s.lx * dots[3];
+  const A along_x = (1 - s.ly) * (dots[1] - dots[0]) + s.ly * (dots[3] - dots[2]);
+  return {(bottom - top) * s.scale, along_x * s.scale, (1 - s.ly) * top + s.ly * bottom};
 }
