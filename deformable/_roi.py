@@ -74,7 +74,7 @@ class RoIGeometry(NamedTuple):
     @property
     def depth(self) -> int:
         """Channels that share a bin's weights."""
-        return self.out_channels // self.classes
+        return self.channels // (self.group_h * self.group_w * self.classes)
 
     @property
     def planes(self) -> int:
@@ -89,7 +89,7 @@ class RoIGeometry(NamedTuple):
     @property
     def rows(self) -> int:
         """Bins of all RoIs."""
-        return self.rois * self.bins
+        return self.rois * self.pooled_h * self.pooled_w * self.classes
 
     @property
     def shifted(self) -> bool:
