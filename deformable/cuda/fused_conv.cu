@@ -156,9 +156,9 @@ __device__ __forceinline__ u32 plan_slots(const ConvGeometry& g, const Layout& l
     bool all = true;
 #pragma unroll
     for (int corner = 0; corner < CORNERS; ++corner) {
-      int& row = rows.corner[corner];
-      all &= row >= 0;
-      row = row < 0 ? -1 : row * l.rows + sample.row;
+      const int pixel = rows.corner[corner];
+      all &= pixel >= 0;
+      rows.corner[corner] = pixel < 0 ? -1 : pixel * l.rows + sample.row;
     }
     own[n * SAMPLE].rows = rows;
     if (CORNERS > 1) own[n * SAMPLE + TILE_M].weights = weights;
