@@ -107,6 +107,18 @@ def test_derivatives_on_grid_lines_are_right_hand_ones(position, xp):
     )
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_sample_at_the_far_border_has_no_pixel(axis, xp):
+    """At y = H or x = W nothing counts: not the image, nor the next row, nor the next image."""
+    shape = (2, 1, 3, 4)
+    shift = np.zeros((2, 2, 3, 4))
+    shift[:, axis] = shape[2 + axis] - np.indices((3, 4))[axis]
+    x, offset, weight = xp.ones(shape), xp.asarray(shift), xp.ones((1, 1, 1, 1))
+    assert not host(xp, deform_conv2d(x, offset, weight)).any()
+    grad_y = xp.full(shape, np.nan)  # which would be seen in any sum
+    assert not host(xp, deform_conv2d_backward(grad_y, x, offset, weight).x).any()
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_zero_offset_is_convolution(groups, xp):
     rng = np.random.default_rng(1)
