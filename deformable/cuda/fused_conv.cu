@@ -34,7 +34,8 @@
 #include "fused_product.cuh"
 
 constexpr int TILE_M = 32 * WARPS, THREADS = 32 * WARPS;
-constexpr int BLOCKS = (TILE_N * TERMS < 64 ? 12 : 8) / WARPS;  // of a multiprocessor: registers
+// of a multiprocessor, which limits registers; channels that are loaded one by one take more
+constexpr int BLOCKS = (TILE_N * TERMS < 64 && VEC > 1 ? 12 : 8) / WARPS;
 constexpr int N8 = TILE_N / 8;
 constexpr int STAGE = N8 * 32 * (TERMS == 3 ? 2 : 1);  // 16-byte units of weights in a step
 constexpr int CHAIN = 4;  // steps; with K = 4608 the error is 1e-6 of the scale
