@@ -360,6 +360,17 @@ def test_the_image_of_the_next_pixel_is_not_touched(order):
     assert_array_equal(deform_conv2d(**given, **keywords).get(), want)
 
 
+@pytest.mark.parametrize("channels", [4, 7, 12, 30, 40, 64])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_loads_that_check_nothing_stay_within_the_image(channels, dtype, order):
+    """All corners are pixels, the last one too; channels end within a load, a unit or a step."""
+    arrays, keywords = random_case(dtype, c=channels, h=8, w=11, o=8, kernel=(1, 4), padding=0)
+    y, x = np.indices((8, 8))
+    arrays["offset"][:, 0::2] = np.where(y < 7, 0.5, -0.5)
+    arrays["offset"][:, 1::2] = np.where(x < 7, 0.5, 2.5) - np.arange(4)[:, None, None]
+    check(deform_conv2d, arrays, keywords)
+
+
 @pytest.mark.skipif(HAVE_GPU, reason="the substitute counts allocations")
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("processors", [1, 300])
