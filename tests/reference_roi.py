@@ -84,7 +84,7 @@ def aligned_bins(x, rois, output_size, scale, sampling, half, least, groups, off
             yield Bin(
                 (k, *bin_), int(roi[0]), outs, channels(outs, groups, bin_, output_size),
                 *(positions(*axis) for axis in along), x.shape[2:], 1,
-                max(max(grid[0], 0) * max(grid[1], 0), 1), places, moves, math.isnan(sum(by)),
+                max(max(grid[0], 0) * max(grid[1], 0), 1), places, moves, any(map(math.isnan, by)),
             )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def inclusive_bins(x, rois, output_size, scale, sampling, groups, offset, gamma)
             yield Bin(
                 (k, *bin_), int(roi[0]), outs, channels(outs, groups, bin_, output_size),
                 *along, x.shape[2:], 0.5, max(kept[0] * kept[1], 1),
-                places, moves, math.isnan(sum(by)),
+                places, moves, any(map(math.isnan, by)),
             )  # fmt: skip
 
 

@@ -120,6 +120,20 @@ def test_a_nan_in_the_offsets_of_a_roi_stays_there(name, xp):
     assert np.isfinite(host(xp, grads.x)).all()
 
 
+@pytest.mark.parametrize("name", ["deform_roi_pool", "deform_ps_roi_pool"])
+def test_offsets_of_opposite_infinities_are_outside_and_no_nan(name, xp):
+    operator, call = OPERATORS[name], {"output_size": 1}
+    arrays = {
+        "x": np.ones((1, 1, 4, 4)),
+        "rois": np.array([[0.0, 0, 0, 3, 3]]),
+        "offset": np.array([np.inf, -np.inf]).reshape(1, 2, 1, 1),
+    }
+    call |= {key: xp.asarray(a) for key, a in arrays.items()}
+    assert host(xp, operator.forward(**call)).ravel().tolist() == [0]
+    grads = operator.backward(xp.ones((1, 1, 1, 1)), **call)
+    assert not host(xp, grads.x).any() and not host(xp, grads.offset).any()
+
+
 @pytest.mark.parametrize("moved", [False, True])
 def test_an_infinite_mask_stays_with_the_pixels_of_its_bin(moved, xp):
     """Pixels that the bin does not see get no 0 · inf, not even those that it may move to."""

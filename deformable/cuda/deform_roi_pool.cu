@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     }
   }
   if (threadIdx.x > 0) return;
-  const bool lost = isnan(along_y.start + along_x.start);
+  const bool lost = isnan(along_y.start) || isnan(along_x.start);
   const A factor = static_cast<A>(mask_of(g, mask, row));
   for (int i = 0; i < 3; ++i) {
     A product = products[i];

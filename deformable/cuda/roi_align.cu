@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   const index_t number_y = run_y(g, row, bin), number_x = run_x(g, row, bin);
   const Run &along_y = runs[number_y], &along_x = runs[number_x];
   const A scale = mean_of(rule, along_y, along_x) * mask_of(g, mask, row);
-  const bool lost = isnan(along_y.start + along_x.start + scale);
+  const bool lost = isnan(along_y.start) || isnan(along_x.start) || isnan(scale);
   const bool one_tile = along_y.pixels <= TILE && along_x.pixels <= TILE;
   const index_t corner = pixel_offset(g, images[bin.roi], along_y.pixel, along_x.pixel,
                                       plane_of(g, bin));
@@ -159,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
                : kept_x < along_x.total                                 ? kept_x
                                                                         : kept_y * kept_x;
   }
-  const bool lost = isnan(along_y.start + along_x.start);
+  const bool lost = isnan(along_y.start) || isnan(along_x.start);
   const int image_index = images[bin.roi], depth = g.depth();
   for (int first = 0; first < depth; first += blockDim.x * VEC) {
     const int c = first + threadIdx.x * VEC;
