@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from deformable import _cuda, _fused
+from deformable import _cuda, _fused, _fused_backward
 from deformable._array import (
     CALLS,
     INT32_MAX,
@@ -300,12 +300,12 @@ def gradient_rows(grad_y: Array, g: ConvGeometry, dtype: np.dtype) -> Array:
     return channels_last(grad_y, dtype).reshape(g.batch * g.positions, g.out_channels)
 
 
-def _gradients(g, x, wanted, grad_image, grad_packed, grad_rows):
+def _gradients(g, x, wanted, grad_image, grad_weight, grad_rows):
     """The wanted gradients in the dtype of ``x``."""
     sums = compute_dtype(x.dtype)
     return Conv2dGradients(
         x=channels_first(grad_image.astype(x.dtype)) if "x" in wanted else None,
-        weight=unpack_weight(grad_packed, g, x.dtype) if "weight" in wanted else None,
+        weight=grad_weight if "weight" in wanted else None,
         bias=grad_rows.sum(axis=0, dtype=sums).astype(x.dtype) if "bias" in wanted else None,
     )
 
@@ -414,7 +414,8 @@ def _numpy_backward(g, grad_y, x, weight, wanted):
             for i, j in np.ndindex(g.kernel_h, g.kernel_w):
                 # windows overlap, but those of one tap never do
                 grad_seen[:, :, :, i, j] += grad_columns[:, :, :, i, j]
-    return _gradients(g, x, wanted, _inside(grad_padded, g), grad_packed, grad)
+    grad_weight = unpack_weight(grad_packed, g, x.dtype)
+    return _gradients(g, x, wanted, _inside(grad_padded, g), grad_weight, grad)
 
 
 # ---- CUDA: cuda/conv.cu, and cuda/fused_conv.cu where there are tensor cores
@@ -457,22 +458,43 @@ def _cuda_forward(g, x, weight, bias):
 
 def _cuda_backward(g, grad_y, x, weight, wanted):
     with x.device:
-        xp, dtype = array_module(x), compute_dtype(x.dtype)
         image = channels_last(x, x.dtype)
         grad = gradient_rows(grad_y, g, x.dtype)
-        packed = pack_weight(weight, g, x.dtype)
-        grad_packed = xp.zeros(packed.shape, dtype)
-        grad_image = xp.zeros(image.shape, dtype) if "x" in wanted else None
-        for first, count in chunks(g, x.dtype.itemsize):
-            grad_out = by_group(grad[first : first + count], g)
-            if "weight" in wanted:
-                columns = _im2col(g, image, first, count)
-                _cuda.gemm(grad_out.mT, columns, grad_packed, accumulate=True)
-            if "x" in wanted:
-                grad_columns = empty_columns(g, count, like=image)
-                _cuda.gemm(grad_out, packed, out=grad_columns)
-                _col2im(g, grad_columns, grad_image, first, count)
-        return _gradients(g, x, wanted, grad_image, grad_packed, grad)
+        run = _fused_gradients if _fused_backward.covers(g, x) else _column_gradients
+        return _gradients(g, x, wanted, *run(g, grad, image, weight, wanted), grad)
+
+
+def _fused_gradients(g, grad, image, weight, wanted):
+    """The gradients by kernels that make columns, and multiply for their gradients, themselves."""
+    grad_image = grad_weight = None
+    if "weight" in wanted:
+        grad_weight = _fused_backward.weight_gradient(g, grad, image, weight)
+    if "x" in wanted:
+        grad_image = array_module(image).zeros(image.shape, compute_dtype(image.dtype))
+        column_gradients = _fused_backward.column_gradients(g, grad, image, weight)
+        for first, count in chunks(g, image.itemsize):
+            grad_columns = empty_columns(g, count, like=image)
+            column_gradients(first, count, grad_columns, None, None)
+            _col2im(g, grad_columns, grad_image, first, count)
+    return grad_image, grad_weight
+
+
+def _column_gradients(g, grad, image, weight, wanted):
+    """The gradients by way of columns, chunk by chunk, and products of the BLAS."""
+    xp, dtype = array_module(image), compute_dtype(image.dtype)
+    packed = pack_weight(weight, g, image.dtype)
+    grad_packed = xp.zeros(packed.shape, dtype)
+    grad_image = xp.zeros(image.shape, dtype) if "x" in wanted else None
+    for first, count in chunks(g, image.itemsize):
+        grad_out = by_group(grad[first : first + count], g)
+        if "weight" in wanted:
+            columns = _im2col(g, image, first, count)
+            _cuda.gemm(grad_out.mT, columns, grad_packed, accumulate=True)
+        if "x" in wanted:
+            grad_columns = empty_columns(g, count, like=image)
+            _cuda.gemm(grad_out, packed, out=grad_columns)
+            _col2im(g, grad_columns, grad_image, first, count)
+    return grad_image, unpack_weight(grad_packed, g, image.dtype) if "weight" in wanted else None
 
 
 def _im2col(g, image, first, count):

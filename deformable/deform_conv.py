@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deformable import _cuda, _fused
+from deformable import _cuda, _fused, _fused_backward
 from deformable._array import (
     CALLS,
     Array,
@@ -214,7 +214,7 @@ def _geometry(function, grid, *, x, weight, bias, offset, mask, **gradient):
 
 
 def _gradients(
-    g, x, offset, mask, wanted, grad_image, grad_offset, grad_packed, grad_rows, grad_mask
+    g, x, offset, mask, wanted, grad_image, grad_offset, grad_weight, grad_rows, grad_mask
 ):
     """The wanted gradients, each in the dtype and the shape of its array."""
 
@@ -226,7 +226,7 @@ def _gradients(
     return DeformConv2dGradients(
         x=channels_first(grad_image.astype(x.dtype)) if "x" in wanted else None,
         offset=per_position(grad_offset, offset) if "offset" in wanted else None,
-        weight=unpack_weight(grad_packed, g, x.dtype) if "weight" in wanted else None,
+        weight=grad_weight if "weight" in wanted else None,
         bias=grad_rows.sum(axis=0, dtype=sums).astype(x.dtype) if "bias" in wanted else None,
         mask=per_position(grad_mask, mask) if "mask" in wanted else None,
     )
@@ -337,7 +337,8 @@ def _numpy_backward(g, grad_y, x, offset, weight, mask, wanted):
                 grad_offset[positions, :, taps, 1] = along_x
                 grad_mask[positions, :, taps] = along_mask
     inside = without_border(grad_image) if "x" in wanted else None
-    return _gradients(g, x, offset, mask, wanted, inside, grad_offset, grad_packed, grad, grad_mask)
+    grad_weight = unpack_weight(grad_packed, g, x.dtype)
+    return _gradients(g, x, offset, mask, wanted, inside, grad_offset, grad_weight, grad, grad_mask)
 
 
 # ---- CUDA: cuda/deform_conv.cu, and cuda/fused_conv.cu where there are tensor cores
@@ -367,37 +368,67 @@ def _cuda_forward(g, x, offset, weight, bias, mask):
 
 def _cuda_backward(g, grad_y, x, offset, weight, mask, wanted):
     with x.device:
-        xp, dtype = array_module(x), compute_dtype(x.dtype)
         image = channels_last(x, x.dtype)
-        places = _per_position(offset, dtype)
-        masks = _per_position(mask, dtype)
         grad = gradient_rows(grad_y, g, x.dtype)
-        packed = pack_weight(weight, g, x.dtype)
-        grad_packed = xp.zeros(packed.shape, dtype)
-        grad_image = xp.zeros(image.shape, dtype) if "x" in wanted else None
-        grad_offset = xp.empty(places.shape, dtype)
-        grad_mask = None if mask is None else xp.empty(masks.shape, dtype)
-        for first, count in chunks(g, x.dtype.itemsize):
-            grad_out = by_group(grad[first : first + count], g)
-            if "weight" in wanted:
-                columns = _im2col(g, image, places, masks, first, count)
-                _cuda.gemm(grad_out.mT, columns, grad_packed, accumulate=True)
-            if wanted & {"x", "offset", "mask"}:
-                grad_columns = empty_columns(g, count, like=image)
-                _cuda.gemm(grad_out, packed, out=grad_columns)
-            if wanted & {"offset", "mask"}:
-                vec = _vector_width(g, image, grad_columns)
-                _cuda.launch_rows(
-                    "deform_conv.cu", "offset_gradient",
-                    count * g.offset_groups * g.taps, g.channels // g.offset_groups // vec,
-                    image, places, masks, grad_columns, grad_offset, grad_mask, g, first, count,
-                    **_macros(g, x, vec),
-                )  # fmt: skip
-            if "x" in wanted:
-                _image_gradient(g, places, masks, grad_columns, grad_image, first, count)
-        return _gradients(
-            g, x, offset, mask, wanted, grad_image, grad_offset, grad_packed, grad, grad_mask
-        )
+        run = _fused_gradients if _fused_backward.covers(g, x) else _column_gradients
+        grads = run(g, grad, image, offset, weight, mask, wanted)
+        return _gradients(g, x, offset, mask, wanted, *grads)
+
+
+def _fused_gradients(g, grad, image, offset, weight, mask, wanted):
+    """The gradients by kernels that make, or use up, columns in registers."""
+    xp, dtype = array_module(image), compute_dtype(image.dtype)
+    grad_image = grad_offset = grad_weight = grad_mask = None
+    if "weight" in wanted:
+        grad_weight = _fused_backward.weight_gradient(g, grad, image, weight, offset, mask)
+    if wanted & {"offset", "mask"}:
+        grad_offset = xp.empty((len(grad), g.offset_groups, g.taps, 2), offset.dtype)
+    if "mask" in wanted:
+        grad_mask = xp.empty(grad_offset.shape[:3], mask.dtype)
+    if wanted & {"x", "offset", "mask"}:
+        column_gradients = _fused_backward.column_gradients(g, grad, image, weight, offset, mask)
+    if "x" in wanted:
+        places, masks = _per_position(offset, dtype), _per_position(mask, dtype)
+        grad_image = xp.zeros(image.shape, dtype)
+        for first, count in chunks(g, image.itemsize):
+            grad_columns = empty_columns(g, count, like=image)
+            column_gradients(first, count, grad_columns, grad_offset, grad_mask)
+            _image_gradient(g, places, masks, grad_columns, grad_image, first, count)
+    elif wanted & {"offset", "mask"}:
+        column_gradients(0, len(grad), None, grad_offset, grad_mask)
+    return grad_image, grad_offset, grad_weight, grad, grad_mask
+
+
+def _column_gradients(g, grad, image, offset, weight, mask, wanted):
+    """The gradients by way of columns, chunk by chunk, and products of the BLAS."""
+    xp, dtype = array_module(image), compute_dtype(image.dtype)
+    places = _per_position(offset, dtype)
+    masks = _per_position(mask, dtype)
+    packed = pack_weight(weight, g, image.dtype)
+    grad_packed = xp.zeros(packed.shape, dtype)
+    grad_image = xp.zeros(image.shape, dtype) if "x" in wanted else None
+    grad_offset = xp.empty(places.shape, dtype)
+    grad_mask = None if mask is None else xp.empty(masks.shape, dtype)
+    for first, count in chunks(g, image.itemsize):
+        grad_out = by_group(grad[first : first + count], g)
+        if "weight" in wanted:
+            columns = _im2col(g, image, places, masks, first, count)
+            _cuda.gemm(grad_out.mT, columns, grad_packed, accumulate=True)
+        if wanted & {"x", "offset", "mask"}:
+            grad_columns = empty_columns(g, count, like=image)
+            _cuda.gemm(grad_out, packed, out=grad_columns)
+        if wanted & {"offset", "mask"}:
+            vec = _vector_width(g, image, grad_columns)
+            _cuda.launch_rows(
+                "deform_conv.cu", "offset_gradient",
+                count * g.offset_groups * g.taps, g.channels // g.offset_groups // vec,
+                image, places, masks, grad_columns, grad_offset, grad_mask, g, first, count,
+                **_macros(g, image, vec),
+            )  # fmt: skip
+        if "x" in wanted:
+            _image_gradient(g, places, masks, grad_columns, grad_image, first, count)
+    grad_weight = unpack_weight(grad_packed, g, image.dtype) if "weight" in wanted else None
+    return grad_image, grad_offset, grad_weight, grad, grad_mask
 
 
 def _vector_width(g, *arrays):

@@ -1,0 +1,267 @@
+"""Gradients of convolutions without a column buffer, on tensor cores.
+
+``cuda/fused_weight_gradient.cu`` and ``cuda/fused_column_gradient.cu`` say how they work. Here a
+convolution is cut into pieces for them, as ``_fused.py`` does for the forward.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from deformable import _cuda, _fused
+from deformable._array import CALLS, Array, array_module
+
+if TYPE_CHECKING:
+    from deformable.conv import ConvGeometry
+
+WORKSPACE_BYTES = 128 << 20  # of what a backward call allocates besides its results
+STAGE = 16  # positions that a block gathers at once
+UNITS = 16  # of 16 bytes, of columns of a tile
+PLANS = 512  # samples that a block plans at once, at most
+LEAST_STAGES = 16  # of a block where sums are split
+TILE_M = 128  # positions of a tile of columns
+
+
+class WeightLayout(NamedTuple):
+    """The struct Layout of ``fused_weight_gradient.cu``, which explains the fields."""
+
+    outs: int
+    run: int
+    rows: int
+    rows_shared: int
+    samples: int
+    run_units: int
+    planned: int
+    plans: int
+    tiles_o: int
+    tiles_c: int
+    split: int
+
+
+class WeightVariant(NamedTuple):
+    """A compiled kernel for the gradient of the weights and how it is launched."""
+
+    tile_o: int
+    tiles: int
+    tiles_at_once: int
+    parts: int
+    shared: int  # bytes
+    layout: WeightLayout
+
+
+class ColumnLayout(NamedTuple):
+    """The struct Layout of ``fused_column_gradient.cu``, which explains the fields."""
+
+    outs: int
+    run: int
+    runs: int
+    rows: int
+    rows_shared: int
+    lane_bits: int
+    samples: int
+    slots: int
+    chunks: int
+    steps: int
+    split: int
+
+
+class ColumnVariant(NamedTuple):
+    """A compiled kernel for the gradients of columns and samples and how it is launched."""
+
+    tile_n: int
+    grid: tuple[int, int, int]
+    stage: int  # units of weights in a step
+    stages: int
+    shared: int  # bytes
+    layout: ColumnLayout
+
+
+def covers(g: "ConvGeometry", x: Array) -> bool:
+    """Whether these kernels compute the gradients of this convolution on the device of ``x``."""
+    return not _fused._is_depthwise(g) and _fused.covers(g, x)
+
+
+@functools.lru_cache(maxsize=CALLS)
+def weight_variant(
+    g: "ConvGeometry", itemsize: int, terms: int, corners: int, processors: int, limit: int
+) -> WeightVariant:
+    """How to compute the gradient of the weights on a GPU of so many processors.
+
+    Not more than ``limit`` bytes of partial sums are alive.
+    """
+    outs, run = g.out_channels // g.groups, _fused._run(g)
+    unit = _fused.UNIT_BYTES // itemsize
+    run_units = -(-run // unit)
+    samples = g.channels // g.groups // run * g.taps
+    # of a tile of columns; it begins with a sample where a power of two of units is one
+    if run_units % UNITS == 0 or UNITS % run_units == 0:
+        plans = max(1, UNITS // run_units)
+    else:
+        plans = (UNITS + run_units - 2) // run_units + 1
+    planned = max(1, PLANS // (plans * STAGE)) * STAGE
+
+    # three terms need the registers of the widest tile for their own sums
+    tiles_o = -(-outs // _fused.WIDTHS[-1 if terms == 1 else -2])
+    tile_o = next(width for width in _fused.WIDTHS if width * tiles_o >= outs)
+    tile_c = UNITS * unit
+    tiles_c = -(-samples * run_units // UNITS)
+    tiles = g.groups * tiles_o * tiles_c
+    positions = g.batch * g.positions
+    tile_bytes = 4 * tile_o * tile_c
+    parts = min(positions // (LEAST_STAGES * STAGE), 2 * processors // tiles, limit // tile_bytes)
+    stages = -(-positions // (max(1, parts) * STAGE))
+    split = max(1, stages) * STAGE
+    parts = -(-positions // split)
+    rows = STAGE * itemsize * ((tile_o + 8) + (tile_c + 8))
+    return WeightVariant(
+        tile_o=tile_o,
+        tiles=tiles,
+        tiles_at_once=max(1, min(tiles, limit // (tile_bytes * max(1, parts)))),
+        parts=parts,
+        shared=PLANS * corners * 8 + rows,
+        layout=WeightLayout(
+            outs=outs, run=run, rows=g.channels // run,
+            rows_shared=g.channels // g.offset_groups // run, samples=samples,
+            run_units=run_units, planned=planned, plans=plans,
+            tiles_o=tiles_o, tiles_c=tiles_c, split=split,
+        ),
+    )  # fmt: skip
+
+
+def weight_gradient(
+    g: "ConvGeometry",
+    grad_y: Array,
+    image: Array,
+    weight: Array,
+    offset: Array | None = None,
+    mask: Array | None = None,
+) -> Array:
+    """The gradient of ``weight``, given that of the output rows (N · Ho · Wo, O).
+
+    ``image`` is (N, H, W, C); the convolution is deformable if there is an ``offset``.
+    """
+    xp = array_module(image)
+    macros = _macros(image, offset, mask)
+    processors, _ = _fused._resources(image.device.id)
+    v = weight_variant(
+        g, image.itemsize, macros["TERMS"], macros["CORNERS"], processors, WORKSPACE_BYTES
+    )
+    macros |= {
+        "TILE_O": v.tile_o,
+        "VEC": _cuda.vector_width(v.layout.run, image),
+        "VEC_Y": _cuda.vector_width(v.layout.outs, grad_y),
+    }
+    tile_c = UNITS * _fused.UNIT_BYTES // image.itemsize
+    out = xp.empty(weight.shape, image.dtype)
+    parts = xp.empty((v.parts, v.tiles_at_once, v.tile_o, tile_c), np.float32)
+    for first in range(0, v.tiles, v.tiles_at_once):
+        tiles = min(v.tiles_at_once, v.tiles - first)
+        _cuda.launch(
+            "fused_weight_gradient.cu", "weight_gradient", (tiles, v.parts), (256,),
+            grad_y, image, offset, mask, parts, g, v.layout,
+            _fused._strides(offset), _fused._strides(mask), first,
+            shared=v.shared, **macros,
+        )  # fmt: skip
+        _cuda.launch(
+            "fused_weight_gradient.cu", "add_parts", (-(-out.size // 256),), (256,),
+            parts, out, g, v.layout, first, tiles, v.parts,
+            **macros,
+        )  # fmt: skip
+    return out
+
+
+@functools.lru_cache(maxsize=CALLS)
+def column_variant(
+    g: "ConvGeometry", itemsize: int, terms: int, vec: int, processors: int, count: int
+) -> ColumnVariant:
+    """How to compute the gradients of ``count`` positions on a GPU of so many processors."""
+    outs, run = g.out_channels // g.groups, _fused._run(g)
+    unit = _fused.UNIT_BYTES // itemsize
+    run_units = -(-run // unit)
+    # the registers of wide tiles do not suffice for three terms and loads of single channels
+    tile_n = 32 if run_units * 4 * unit <= 32 or (terms == 3 and vec < unit) else 64
+    lane_units = tile_n // (4 * unit)
+    lanes = next(n for n in (1, 2, 4) if n * lane_units >= run_units or n == 4)
+    samples = 4 // lanes
+    slots, chunks = -(-g.taps // samples), -(-run_units // (lanes * lane_units))
+    steps = -(-outs // (4 * unit))
+    rows_shared = g.channels // g.offset_groups // run
+
+    tiles = -(-count // TILE_M) * g.offset_groups
+    parts = max(1, min(slots, 8 * processors // max(1, tiles)))
+    split = -(-slots // parts)
+    stage = tile_n * 4 * (2 if terms == 3 else 1)
+    return ColumnVariant(
+        tile_n=tile_n,
+        grid=(-(-count // TILE_M), -(-slots // split), g.offset_groups),
+        stage=stage,
+        stages=g.offset_groups * slots * rows_shared * chunks * steps,
+        shared=_fused.STAGES * stage * _fused.UNIT_BYTES + samples * TILE_M * 32,
+        layout=ColumnLayout(
+            outs=outs, run=run, runs=g.channels // g.groups // run, rows=g.channels // run,
+            rows_shared=rows_shared, lane_bits=lanes.bit_length() - 1, samples=samples,
+            slots=slots, chunks=chunks, steps=steps, split=split,
+        ),
+    )  # fmt: skip
+
+
+def column_gradients(
+    g: "ConvGeometry",
+    grad_y: Array,
+    image: Array,
+    weight: Array,
+    offset: Array | None = None,
+    mask: Array | None = None,
+) -> Callable[..., None]:
+    """A function that computes the gradients of columns and samples; weights are packed once.
+
+    It is called with the first of some positions, their number, and arrays to fill in, or None:
+    the gradients of the columns of these positions, as in ``cuda/conv.cuh``, of all offsets
+    (N · Ho · Wo, G, taps, 2) and of all masks (N · Ho · Wo, G, taps).
+    ``image`` is (N, H, W, C), ``grad_y`` the gradient of the output rows (N · Ho · Wo, O).
+    """
+    xp = array_module(image)
+    macros = _macros(image, offset, mask) | {
+        "VEC": _cuda.vector_width(_fused._run(g), image),
+        "VEC_Y": _cuda.vector_width(g.out_channels // g.groups, grad_y),
+    }
+    processors, _ = _fused._resources(image.device.id)
+    cut = functools.partial(
+        column_variant, g, image.itemsize, macros["TERMS"], macros["VEC"], processors
+    )
+    v = cut(0)
+    macros["TILE_N"] = v.tile_n
+    units = v.stages * v.stage
+    # steps ahead of the last one are fetched too, though never used
+    packed = xp.empty((units + (_fused.STAGES - 1) * v.stage, 4), np.uint32)
+    _cuda.launch(
+        "fused_column_gradient.cu", "pack_weights", (-(-units // 256),), (256,),
+        weight, _fused._strides(weight), packed, g, v.layout, units,
+        **macros,
+    )  # fmt: skip
+
+    def compute(first, count, grad_columns, grad_offset, grad_mask):
+        v = cut(count)
+        _cuda.launch(
+            "fused_column_gradient.cu", "column_gradient", v.grid, (TILE_M,),
+            grad_y, image, offset, mask, packed, grad_columns, grad_offset, grad_mask,
+            g, v.layout, _fused._strides(offset), _fused._strides(mask), first, count,
+            shared=v.shared, **macros,
+        )  # fmt: skip
+
+    return compute
+
+
+def _macros(image: Array, offset: Array | None, mask: Array | None) -> dict[str, Any]:
+    dtype = image.dtype
+    strict = dtype == np.float32 and not _cuda.allows_tf32()
+    return {
+        "DTYPE": dtype,
+        "INDEX": "int",
+        "CORNERS": 1 if offset is None else 4,
+        "TERMS": 3 if strict else 1,
+        "OFFSET": dtype if offset is None else offset.dtype,
+        "MASK": dtype if mask is None else mask.dtype,
+    }

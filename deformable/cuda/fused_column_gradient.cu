@@ -1,0 +1,285 @@
+// _fused_backward.py: the gradients of offsets, masks and columns, grad_y x weights, as one kernel.
+//
+// The gradient of a column, of one channel of a sample, is used where it is computed: its products
+// with the four corners of the sample make the gradients of the offset and the mask. It is stored only
+// for the gradient of the image, if that is wanted too.
+//
+// A block computes 32·WARPS output positions, a warp 32, for some taps of an offset group. It goes
+// through their columns in tiles of TILE_N, and through the sum over output channels in steps:
+//
+//   plan      once per sample: pixels of its corners and fractions, into shared memory
+//   product   on tensor cores, grad_y from global memory, weights by cp.async STAGES - 1 steps ahead
+//   dots      of what a lane has of a tile with the channels of the four corners
+//   store     columns, 16 bytes per lane; after the last tile of a sample its own gradients
+//
+// The product is that of fused_conv.cu for a plain 1x1 convolution, from output channels to columns:
+// 16 bytes of grad_y are a lane's fragment of A, and its sums are of consecutive columns:
+//
+//    columns of a tile         | lane t = 0 | t = 1 | t = 2 | t = 3 | t = 0 | t = 1 | ..
+//    unit of the lane          | ------------- 0 ------------------ | ----- 1 ------ ..
+//    with one sample per tile, | ----------- units 0 .. 3 --------- | - units 4 .. 7 ..
+//    with two                  |  sample 0, units 0, 1  |  sample 1 | sample 0, units 2, 3 ..
+//
+// Where a run (fused_conv.cu) has fewer channels than a tile, the lanes of a quad share a tile among
+// 2 or 4 samples, taps that follow each other: a slot. Tiles go by slot, by run, through the run.
+//
+// Macros: DTYPE, TERMS, TILE_N, CORNERS (1: neither offsets nor masks), VEC (channels per load and
+// store), VEC_Y (of grad_y), OFFSET, MASK.
+#define WARPS 4
+#include "fused_product.cuh"
+
+constexpr int STAGES = 3;
+constexpr int TILE_M = 32 * WARPS, THREADS = 32 * WARPS;
+constexpr int N8 = TILE_N / 8;
+constexpr int UNITS = TILE_N / (4 * UNIT);                       // of a lane
+constexpr int STAGE = N8 * 32 * (TERMS == 3 ? 2 : 1);            // units of weights in a step
+
+constexpr int BLOCKS = TERMS == 3 || VEC < UNIT || VEC_Y < UNIT ? 2 : 3;  // of a multiprocessor
+
+struct Layout {
+  int outs, run;    // output channels of a group of weights; channels of a run
+  int runs, rows;   // runs of a group of weights, and of a pixel
+  int rows_shared;  // consecutive rows with the same samples, those of an offset group
+  int lane_bits;    // 1 << lane_bits lanes of a quad share a sample
+  int samples;      // of a slot: 4 >> lane_bits
+  int slots;        // of an offset group
+  int chunks;       // tiles to get through a run
+  int steps;        // of a tile, to get through the output channels
+  int split;        // slots of a block
+};
+
+// ---- weights (O, C / groups, kh, kw) -> packed (tiles, steps, [high, low], TILE_N, 64 bytes)
+extern "C" __global__ void __launch_bounds__(256)
+    pack_weights(const T* __restrict__ weight, const Strides strides, Unit* __restrict__ packed,
+                 const ConvGeometry g, const Layout l, const int64 units) {
+  const int64 i = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= units) return;
+
+  const int in_stage = i % STAGE, lane = in_stage % 32, j = in_stage / 32 % N8, column = lane / 4;
+  const int part = in_stage / (32 * N8);  // 0: all or the high parts, 1: the low parts
+  const int64 stage = i / STAGE, tile = stage / l.steps, row_and_slot = tile / l.chunks;
+  const int step = stage - tile * l.steps, chunk = tile - row_and_slot * l.chunks;
+  const int slot = row_and_slot / l.rows_shared % l.slots;
+  const int row = row_and_slot / l.rows_shared / l.slots * l.rows_shared +
+                  row_and_slot % l.rows_shared;
+  const int t = column / 2, tap = slot * l.samples + (t >> l.lane_bits);
+  const int unit = (chunk * UNITS + j / SPAN << l.lane_bits) + (t & (1 << l.lane_bits) - 1);
+  const int channel = unit * UNIT + j % SPAN * 2 + column % 2, group = row / l.runs;
+
+  float value[UNIT];
+#pragma unroll
+  for (int e = 0; e < UNIT; ++e) {
+    const int out = (step * 4 + lane % 4) * UNIT + e;
+    const bool exists = out < l.outs && tap < g.taps() && channel < l.run;
+    const float w = exists ? static_cast<float>(weight[strides(
+                                 group * l.outs + out, (row - group * l.runs) * l.run + channel,
+                                 tap / g.kernel_w, tap % g.kernel_w)])
+                           : 0;
+    const float low = isinf(w) ? 0 : w - high_part(w);
+    value[e] = TERMS == 1 ? w : part == 0 ? high_part(w) : low;
+  }
+  Math<T>::round(packed[i], value);
+}
+
+// ---- the gradients
+
+struct alignas(16) SamplePlan {
+  int pixel[4];  // its runs' first row; -1: outside
+  A ly, lx, scale;
+};
+
+// Plans a slot for the thread's own output position; only its warp reads that.
+__device__ __forceinline__ void plan_slot(const ConvGeometry& g, const Layout& l,
+                                          const Places& places, int position, bool exists,
+                                          int first_tap, int offset_group, SamplePlan* own) {
+  __syncwarp();  // the last plan has been read
+  for (int n = 0; n < l.samples; ++n) {
+    SamplePlan p = {{-1, -1, -1, -1}, 0, 0, 0};
+    const int tap = first_tap + n;
+    if (exists && tap < g.taps()) {
+      const OutputPixel out = output_pixel(g, position);
+      const Sample s = offset_sample(g, places, out, tap / g.kernel_w * g.dilation_h,
+                                     tap % g.kernel_w * g.dilation_w, offset_group * g.taps() + tap);
+      p.ly = s.ly, p.lx = s.lx, p.scale = s.scale;
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        const int pixel = corner_pixel(s, corner, g.height, g.width);
+        p.pixel[corner] = pixel < 0 ? -1 : (out.image * g.height * g.width + pixel) * l.rows;
+      }
+    }
+    own[n * TILE_M] = p;
+  }
+  __syncwarp();
+}
+
+// The lane's units of grad_y, 16 bytes of each of its rows.
+__device__ __forceinline__ void load_rows(Unit (&a)[ROWS], const char* rows, int row_bytes,
+                                          int count, int left) {
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    a[r] = load_unit<VEC_Y, true>(advance(rows, 8 * r, row_bytes), 8 * r < count, left);
+    if constexpr (sizeof(T) == 4) {
+      float value[UNIT];
+      Math<T>::unpack(value, a[r]);
+      Math<T>::round(a[r], value);
+    }
+  }
+}
+
+// VEC columns at a time of those that exist, only infinite ones unless `all`.
+__device__ __forceinline__ void store_unit(T* to, const float (&value)[UNIT], int left, bool all) {
+#pragma unroll
+  for (int v = 0; v < UNIT; v += VEC) {
+    if (v >= left) continue;
+    Vector part;
+#pragma unroll
+    for (int e = 0; e < VEC; ++e) part.value[e] = value[v + e];
+    if (all) {
+      store(to + v, part);
+    } else {
+#pragma unroll
+      for (int e = 0; e < VEC; ++e) {
+        if (isinf(part.value[e])) to[v + e] = static_cast<T>(part.value[e]);
+      }
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    column_gradient(const T* __restrict__ grad_y, const T* __restrict__ image,
+                    const OFFSET* __restrict__ offset, const MASK* __restrict__ mask,
+                    const Unit* __restrict__ packed, T* __restrict__ grad_columns,
+                    OFFSET* __restrict__ grad_offset, MASK* __restrict__ grad_mask,
+                    const ConvGeometry g, const Layout l, const Strides offset_strides,
+                    const Strides mask_strides, const int64 first, const int64 count) {
+  DYN_SHARED(Unit, ring);
+  SamplePlan* const plan = reinterpret_cast<SamplePlan*>(ring + STAGES * STAGE);
+  const Places places = {offset, mask, offset_strides, mask_strides};
+
+  // a grid of tiles of `count` positions from `first` on, parts of the slots, and offset groups
+  const int first_row = blockIdx.x * TILE_M, rows = static_cast<int>(count) - first_row;
+  const int first_slot = blockIdx.y * l.split, slots = min(l.split, l.slots - first_slot);
+  const int offset_group = blockIdx.z, taps = g.taps();
+  const bool dots_wanted = CORNERS == 4 && grad_offset;
+
+  const int lane = threadIdx.x % 32, t = lane % 4, row = threadIdx.x - lane + lane / 4;
+  const int own_unit = t & (1 << l.lane_bits) - 1, own_sample = t >> l.lane_bits;
+  const SamplePlan* const own_plan = plan + own_sample * TILE_M + row;
+  const int row_bytes = g.out_channels * sizeof(T), run_bytes = l.run * sizeof(T);
+  const T* const own_rows =
+      grad_y + (first + first_row + row) * g.out_channels + t * UNIT;
+
+  const int64 first_stage = static_cast<int64>(offset_group * l.slots + first_slot) *
+                            l.rows_shared * l.chunks * l.steps;
+  for (bool corrected = true;; corrected = false) {
+    const Unit* weights = packed + first_stage * STAGE + threadIdx.x;
+    int stage = 0, free_stage = 0;
+    const auto fetch = [&] {
+#pragma unroll
+      for (int i = 0; i < STAGE; i += THREADS) {
+        cp_async<16>(ring + free_stage + threadIdx.x + i, weights + i);
+      }
+      cp_async_commit();
+      weights += STAGE;
+      free_stage = free_stage == (STAGES - 1) * STAGE ? 0 : free_stage + STAGE;
+    };
+    for (int s = 0; s < STAGES - 1; ++s) fetch();
+
+    bool nan = false;
+    for (int slot = first_slot; slot < first_slot + slots; ++slot) {
+      const int tap = slot * l.samples + own_sample;
+      if (dots_wanted) {
+        plan_slot(g, l, places, static_cast<int>(first) + first_row + threadIdx.x,
+                  threadIdx.x < rows, slot * l.samples, offset_group, plan + threadIdx.x);
+      }
+      A dots[ROWS][4] = {};
+      for (int tile = 0; tile < l.rows_shared * l.chunks; ++tile) {
+        const int run = tile / l.chunks, chunk = tile - run * l.chunks;
+        const int image_row = offset_group * l.rows_shared + run, group = image_row / l.runs;
+
+        // product
+        float sums[N8][2][4] = {};
+        const char* from = reinterpret_cast<const char*>(own_rows + group * l.outs);
+        Unit a[ROWS], next[ROWS];
+        load_rows(next, from, row_bytes, rows - row, l.outs - t * UNIT);
+        for (int step = 0; step < l.steps; ++step) {
+#pragma unroll
+          for (int r = 0; r < ROWS; ++r) a[r] = next[r];
+          from += 64;
+          load_rows(next, from, row_bytes, rows - row, l.outs - (4 * step + 4 + t) * UNIT);
+          cp_async_wait<STAGES - 2>();
+          __syncthreads();
+          fetch();
+          if (TERMS == 1 || corrected) {
+            multiply_step<true>(sums, a, ring + stage + lane, TILE_N);
+          } else {
+            multiply_step<false>(sums, a, ring + stage + lane, TILE_N);
+          }
+          stage = stage == (STAGES - 1) * STAGE ? 0 : stage + STAGE;
+        }
+
+        // dots and store
+#pragma unroll
+        for (int u = 0; u < UNITS; ++u) {
+          const int channel = ((chunk * UNITS + u << l.lane_bits) + own_unit) * UNIT;
+          const int left = l.run - channel;
+          const T* const channels = image + static_cast<int64>(image_row) * l.run + channel;
+#pragma unroll
+          for (int r = 0; r < ROWS; ++r) {
+            float value[UNIT];
+#pragma unroll
+            for (int e = 0; e < UNIT; ++e) {
+              const float sum = sums[u * SPAN + e / 2][r / 2][r % 2 * 2 + e % 2];
+              nan |= isnan(sum);
+              value[e] = left >= UNIT || e < left ? sum : 0;
+            }
+            if (dots_wanted) {
+              const SamplePlan& p = own_plan[8 * r];
+#pragma unroll
+              for (int corner = 0; corner < 4; ++corner) {
+                const int pixel = p.pixel[corner];
+                const Unit seen = load_unit<VEC, true>(
+                    advance(reinterpret_cast<const char*>(channels), pixel, run_bytes), pixel >= 0,
+                    left);
+                float at[UNIT];
+                Math<T>::unpack(at, seen);
+#pragma unroll
+                for (int e = 0; e < UNIT; ++e) dots[r][corner] += at[e] * value[e];
+              }
+            }
+            if (grad_columns && row + 8 * r < rows && tap < taps) {
+              const int64 to = column_offset(g, count, first_row + row + 8 * r, tap,
+                                             image_row * l.run + channel);
+              store_unit(grad_columns + to, value, left, corrected);
+            }
+          }
+        }
+      }
+
+      // gradients of the samples
+      if (!dots_wanted) continue;
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner) {
+          A& dot = dots[r][corner];
+          if (l.lane_bits > 0) dot += __shfl_xor_sync(0xffffffffu, dot, 1);
+          if (l.lane_bits > 1) dot += __shfl_xor_sync(0xffffffffu, dot, 2);
+        }
+        if (own_unit || row + 8 * r >= rows || tap >= taps) continue;
+        const SamplePlan& p = own_plan[8 * r];
+        const SampleGradient grad = sample_gradient({0, 0, true, p.ly, p.lx, p.scale}, dots[r]);
+        const int64 to =
+            ((first + first_row + row + 8 * r) * g.offset_groups + offset_group) * taps + tap;
+        if (corrected || isinf(grad.y)) grad_offset[2 * to] = static_cast<OFFSET>(grad.y);
+        if (corrected || isinf(grad.x)) grad_offset[2 * to + 1] = static_cast<OFFSET>(grad.x);
+        if (grad_mask && (corrected || isinf(grad.mask))) {
+          grad_mask[to] = static_cast<MASK>(grad.mask);
+        }
+      }
+    }
+
+    cp_async_wait<0>();
+    if (TERMS == 1 || !corrected || !any_of_block(nan)) break;
+  }
+}

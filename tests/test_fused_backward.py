@@ -1,0 +1,291 @@
+"""Gradients of convolutions on tensor cores: every tile edge, every precision, NaN, memory."""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+import deformable
+from deformable import (
+    _fused,
+    _fused_backward,
+    conv2d,
+    conv2d_backward,
+    deform_conv2d,
+    deform_conv2d_backward,
+)
+from deformable.testing import error_bound
+from tests.arrays import on
+from tests.conftest import HAVE_GPU, kernels
+from tests.test_fused import PRECISIONS, SHAPES, TF32, geometry, launched, plain, random_case
+
+cupy = pytest.importorskip("cupy")
+
+__all__ = ["launched"]  # a fixture
+
+LEAST = {"float16": 2.0**-24}  # between numbers so small that they have fewer bits
+
+BACKWARD = {conv2d: conv2d_backward, deform_conv2d: deform_conv2d_backward}
+KERNELS = {"weight_gradient", "column_gradient", "im2col", "offset_gradient", "image_gradient"}
+
+
+@pytest.fixture(scope="module")
+def order():
+    with kernels("random"):
+        yield
+
+
+def exactly(arrays):
+    return {name: a.astype(np.float64) for name, a in arrays.items()}
+
+
+def with_gradient(operator, arrays, keywords, seed=7):
+    """The arguments of the backward call: a random gradient of the result before all others."""
+    y = operator(**exactly(arrays), **keywords)
+    grad_y = np.random.default_rng(seed).normal(size=y.shape)
+    return {"grad_y": grad_y.astype(arrays["x"].dtype)} | arrays
+
+
+def magnitudes(operator, arrays, keywords):
+    """Of each gradient, the sum of the absolute values of the terms."""
+    exact = {k: a if k == "offset" else np.abs(a) for k, a in exactly(arrays).items()}
+    sums = BACKWARD[operator](**exact, **keywords)._asdict()
+    if "offset" in exact:  # what is moved are differences of the four corners of a cell
+        cell = np.floor(exact["offset"])
+        mask = exact.pop("mask", np.ones((cell.shape[0], cell.shape[1] // 2, *cell.shape[2:])))
+        corners = 0
+        for dy, dx in itertools.product((0, 1), repeat=2):
+            at = cell.copy()
+            at[:, 0::2] += dy
+            at[:, 1::2] += dx
+            moved = exact | {"offset": at, "mask": mask}
+            corners += BACKWARD[operator](**moved, **keywords, wrt="mask").mask
+        sums["offset"] = np.repeat(corners * mask, 2, axis=1)
+        if sums["mask"] is not None:
+            sums["mask"] = corners
+    return sums
+
+
+def check(operator, arrays, keywords, precision="highest", wrt=None):
+    """Compare gradients on the GPU with NumPy's in float64; answer them."""
+    dtype = arrays["x"].dtype
+    with deformable.float32_precision(precision):
+        have = BACKWARD[operator](**on(cupy, arrays), **keywords, wrt=wrt)
+    want = BACKWARD[operator](**exactly(arrays), **keywords, wrt=wrt)._asdict()
+    magnitude = magnitudes(operator, arrays, keywords)
+    terms = arrays["weight"].size + arrays["grad_y"].size
+    for name, gradient in have._asdict().items():
+        assert (gradient is None) == (want[name] is None), name
+        if gradient is None:
+            continue
+        bound = error_bound(arrays[name].dtype, magnitude[name], terms)
+        bound = bound + error_bound(dtype, magnitude[name]) + LEAST.get(arrays[name].dtype.name, 0)
+        if precision == "high":
+            bound = bound + TF32 * magnitude[name]
+        assert (gradient.shape, gradient.dtype) == (arrays[name].shape, arrays[name].dtype)
+        error = np.abs(gradient.get().astype(np.float64) - want[name])
+        worst = np.max(error / np.maximum(bound, np.finfo(np.float64).tiny))
+        assert (error <= bound).all(), f"{name}: {worst:.2f} times what is allowed"
+    return have
+
+
+# ---- shapes
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gradients_of_a_deformable_convolution_of_any_shape(name, precision, order, launched):
+    dtype, mode = PRECISIONS[precision]
+    arrays, keywords = random_case(dtype, **SHAPES[name])
+    check(deform_conv2d, with_gradient(deform_conv2d, arrays, keywords), keywords, mode)
+    assert KERNELS & set(launched) == {"weight_gradient", "column_gradient", "image_gradient"}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_gradients_of_a_plain_convolution_of_any_shape(name, precision, order, launched):
+    dtype, mode = PRECISIONS[precision]
+    arrays, keywords = plain(*random_case(dtype, **SHAPES[name]))
+    check(conv2d, with_gradient(conv2d, arrays, keywords), keywords, mode)
+    assert KERNELS & set(launched) == {"weight_gradient", "column_gradient"}
+
+
+# ---- how the work is cut into pieces
+
+
+@pytest.mark.parametrize("processors", [1, 300])
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_positions_and_taps_may_be_split_among_blocks(
+    processors, precision, order, launched, monkeypatch
+):
+    monkeypatch.setattr(_fused, "_resources", lambda device: (processors, 228 << 10))
+    dtype, mode = PRECISIONS[precision]
+    arrays, keywords = random_case(dtype, n=3, c=24, h=17, w=15, o=12, offset_groups=2)
+    arrays = with_gradient(deform_conv2d, arrays, keywords)
+    g = geometry(dtype, n=3, c=24, h=17, w=15, o=12, offset_groups=2)
+    size, terms = arrays["x"].itemsize, 3 if precision == "float32" else 1
+    weights = _fused_backward.weight_variant(g, size, terms, 4, processors, 1 << 20)
+    columns = _fused_backward.column_variant(g, size, terms, 4, processors, 3 * 17 * 15)
+    assert (weights.parts > 1) == (columns.grid[1] > 1) == (processors > 1)
+    check(deform_conv2d, arrays, keywords, mode)
+
+
+@pytest.mark.parametrize("operator", BACKWARD)
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_little_memory_makes_more_pieces(operator, precision, order, launched, monkeypatch):
+    dtype, mode = PRECISIONS[precision]
+    arrays, keywords = random_case(dtype, n=3, c=36, h=9, w=8, o=140, offset_groups=3)
+    if operator is conv2d:
+        arrays, keywords = plain(arrays, keywords)
+    arrays = with_gradient(operator, arrays, keywords)
+    check(operator, arrays, keywords, mode)
+    once = list(launched)
+    monkeypatch.setattr(_fused_backward, "WORKSPACE_BYTES", 1 << 16)
+    monkeypatch.setattr(deformable.conv, "CHUNK_BYTES", 1 << 16)
+    launched.clear()
+    check(operator, arrays, keywords, mode)
+    for kernel in "weight_gradient", "column_gradient":
+        assert launched.count(kernel) > once.count(kernel) == 1
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_only_what_is_asked_for_is_computed(precision, order, launched):
+    dtype, mode = PRECISIONS[precision]
+    arrays, keywords = random_case(dtype, c=24, offset_groups=2)
+    arrays = with_gradient(deform_conv2d, arrays, keywords)
+    everything = check(deform_conv2d, arrays, keywords, mode)
+    kernels_of = {
+        "x": {"column_gradient", "image_gradient"},
+        "offset": {"column_gradient"},
+        "mask": {"column_gradient"},
+        "weight": {"weight_gradient"},
+        "bias": set(),
+    }
+    for name, expected in kernels_of.items():
+        launched.clear()
+        only = check(deform_conv2d, arrays, keywords, mode, wrt=name)
+        assert KERNELS & set(launched) == expected
+        assert_array_equal(getattr(only, name).get(), getattr(everything, name).get())
+
+
+# ---- exactness
+
+
+@pytest.mark.parametrize("operator", BACKWARD)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_ten_runs_are_bitwise_equal(operator, precision):
+    dtype, mode = PRECISIONS[precision]
+    arrays, keywords = random_case(dtype, n=2, c=24, h=9, w=16, o=12, offset_groups=2)
+    if operator is conv2d:
+        arrays, keywords = plain(arrays, keywords)
+    arrays = on(cupy, with_gradient(operator, arrays, keywords))
+    with kernels("random"), deformable.float32_precision(mode):
+        runs = [BACKWARD[operator](**arrays, **keywords) for _ in range(10)]
+    assert len({b"".join(a.get().tobytes() for a in run if a is not None) for run in runs}) == 1
+
+
+def test_float32_is_not_rounded_to_tf32(order):
+    """Sums of thousands of terms, that tensor cores truncate: within 3e-6 of the scale."""
+    arrays, keywords = random_case(np.float32, c=8, h=24, w=24, o=256)
+    arrays["grad_y"] = with_gradient(deform_conv2d, arrays, keywords)["grad_y"]
+    exact = deform_conv2d_backward(**exactly(arrays), **keywords)
+    names = {"float32": "highest", "tf32": "high"}
+    error = {}
+    for name, mode in names.items():
+        with deformable.float32_precision(mode):
+            have = deform_conv2d_backward(**on(cupy, arrays), **keywords)
+        error[name] = {
+            field: np.abs(getattr(have, field).get() - want).max() / np.abs(want).max()
+            for field, want in exact._asdict().items()
+        }
+    for field in "x", "offset", "weight", "mask":
+        assert error["float32"][field] <= 3e-6
+        assert 1e-5 <= error["tf32"][field] <= 1e-3
+
+
+@pytest.mark.parametrize("array", ["grad_y", "x", "weight", "mask", "offset"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_nan_and_infinities_go_where_they_go_in_numpy(array, value, precision, order):
+    """Also those that 3 products for one would turn into NaN, as inf − inf."""
+    dtype, mode = PRECISIONS[precision]
+    arrays, keywords = random_case(dtype, n=2, c=8, groups=2, offset_groups=2, o=6, h=4, w=4)
+    arrays = with_gradient(deform_conv2d, arrays, keywords)
+    rng = np.random.default_rng(1)
+    for _ in range(3):
+        arrays[array][tuple(rng.integers(arrays[array].shape))] = value
+    with deformable.float32_precision(mode):
+        have = deform_conv2d_backward(**on(cupy, arrays), **keywords)
+    want = deform_conv2d_backward(**exactly(arrays), **keywords)
+    for name in "x", "offset", "weight", "mask":
+        a = getattr(have, name).get().astype(np.float64)
+        b = getattr(want, name)
+        assert_array_equal(np.isnan(a), np.isnan(b), name)
+        assert_array_equal(a == np.inf, b == np.inf, name)
+        assert_array_equal(a == -np.inf, b == -np.inf, name)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_is_outside_is_never_seen(precision, order):
+    dtype, mode = PRECISIONS[precision]
+    arrays, keywords = random_case(dtype, c=20, o=8)
+    arrays["offset"][:] = -50
+    arrays = with_gradient(deform_conv2d, arrays, keywords)
+    arrays["x"][:] = np.inf
+    with deformable.float32_precision(mode):
+        grads = deform_conv2d_backward(**on(cupy, arrays), **keywords)
+    for name in "x", "offset", "weight", "mask":
+        assert not getattr(grads, name).get().any(), name
+
+
+# ---- arrays as they are
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_offsets_and_masks_keep_their_dtypes(kind, order):
+    arrays, keywords = random_case(np.float16)
+    arrays["offset"] = arrays["offset"].astype(kind)
+    arrays["mask"] = arrays["mask"].astype(np.float32)
+    check(deform_conv2d, with_gradient(deform_conv2d, arrays, keywords), keywords)
+
+
+def test_arrays_are_read_through_any_strides(order):
+    arrays, keywords = random_case(np.float32, n=2)
+    given = on(cupy, with_gradient(deform_conv2d, arrays, keywords))
+    want = deform_conv2d_backward(**given, **keywords)
+    given["offset"] = cupy.ascontiguousarray(given["offset"][..., ::-1])[..., ::-1]
+    for name in "mask", "weight", "grad_y":
+        given[name] = cupy.ascontiguousarray(given[name].transpose(0, 2, 3, 1))
+        given[name] = given[name].transpose(0, 3, 1, 2)
+    have = deform_conv2d_backward(**given, **keywords)
+    for a, b in zip(have, want, strict=True):
+        assert_array_equal(a.get(), b.get())
+
+
+# ---- where these kernels are used
+
+
+@pytest.mark.skipif(HAVE_GPU, reason="needs GPUs of different kinds")
+@pytest.mark.parametrize(
+    ("capability", "dtype", "groups", "fused"),
+    [
+        ("75", np.float16, 1, False),
+        ("75", np.float32, 1, False),
+        ("80", np.float16, 1, True),
+        ("120", ml_dtypes.bfloat16, 1, True),
+        ("90", np.float64, 1, False),
+        ("90", np.float32, 16, False),
+    ],
+)
+def test_kernels_are_chosen_by_gpu_and_dtype(capability, dtype, groups, fused, launched):
+    from tests.simt.settings import configure
+
+    arrays, keywords = random_case(dtype, groups=groups)
+    with kernels("forward"), configure(compute_capability=capability):
+        check(deform_conv2d, with_gradient(deform_conv2d, arrays, keywords), keywords)
+        arrays, keywords = plain(arrays, keywords)
+        check(conv2d, with_gradient(conv2d, arrays, keywords), keywords)
+    assert ("weight_gradient" in launched) == ("column_gradient" in launched) == fused
+    assert ("im2col" in launched) == (not fused)
