@@ -80,7 +80,8 @@ class ColumnVariant(NamedTuple):
 
 def covers(g: "ConvGeometry", x: Array) -> bool:
     """Whether these kernels compute the gradients of this convolution on the device of ``x``."""
-    return not _fused._is_depthwise(g) and _fused.covers(g, x)
+    grid = g.offset_groups <= _fused.GRID_MAX
+    return grid and not _fused._is_depthwise(g) and _fused.covers(g, x)
 
 
 @functools.lru_cache(maxsize=CALLS)
@@ -174,14 +175,13 @@ def weight_gradient(
 
 @functools.lru_cache(maxsize=CALLS)
 def column_variant(
-    g: "ConvGeometry", itemsize: int, terms: int, vec: int, processors: int, count: int
+    g: "ConvGeometry", itemsize: int, terms: int, processors: int, count: int
 ) -> ColumnVariant:
     """How to compute the gradients of ``count`` positions on a GPU of so many processors."""
     outs, run = g.out_channels // g.groups, _fused._run(g)
     unit = _fused.UNIT_BYTES // itemsize
     run_units = -(-run // unit)
-    # the registers of wide tiles do not suffice for three terms and loads of single channels
-    tile_n = 32 if run_units * 4 * unit <= 32 or (terms == 3 and vec < unit) else 64
+    tile_n = 32 if 4 * run_units * unit <= 32 else 64  # narrow where 4 samples fit into it
     lane_units = tile_n // (4 * unit)
     lanes = next(n for n in (1, 2, 4) if n * lane_units >= run_units or n == 4)
     samples = 4 // lanes
@@ -193,12 +193,13 @@ def column_variant(
     parts = max(1, min(slots, 8 * processors // max(1, tiles)))
     split = -(-slots // parts)
     stage = tile_n * 4 * (2 if terms == 3 else 1)
+    totals = tile_n * TILE_M * 4 if terms == 3 else 0
     return ColumnVariant(
         tile_n=tile_n,
         grid=(-(-count // TILE_M), -(-slots // split), g.offset_groups),
         stage=stage,
         stages=g.offset_groups * slots * rows_shared * chunks * steps,
-        shared=_fused.STAGES * stage * _fused.UNIT_BYTES + samples * TILE_M * 32,
+        shared=2 * stage * _fused.UNIT_BYTES + totals + samples * TILE_M * 32,
         layout=ColumnLayout(
             outs=outs, run=run, runs=g.channels // g.groups // run, rows=g.channels // run,
             rows_shared=rows_shared, lane_bits=lanes.bit_length() - 1, samples=samples,
@@ -228,14 +229,12 @@ def column_gradients(
         "VEC_Y": _cuda.vector_width(g.out_channels // g.groups, grad_y),
     }
     processors, _ = _fused._resources(image.device.id)
-    cut = functools.partial(
-        column_variant, g, image.itemsize, macros["TERMS"], macros["VEC"], processors
-    )
+    cut = functools.partial(column_variant, g, image.itemsize, macros["TERMS"], processors)
     v = cut(0)
     macros["TILE_N"] = v.tile_n
     units = v.stages * v.stage
-    # steps ahead of the last one are fetched too, though never used
-    packed = xp.empty((units + (_fused.STAGES - 1) * v.stage, 4), np.uint32)
+    # a step behind the last one is fetched too, though never used
+    packed = xp.empty((units + v.stage, 4), np.uint32)
     _cuda.launch(
         "fused_column_gradient.cu", "pack_weights", (-(-units // 256),), (256,),
         weight, _fused._strides(weight), packed, g, v.layout, units,

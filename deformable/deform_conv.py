@@ -388,12 +388,11 @@ def _fused_gradients(g, grad, image, offset, weight, mask, wanted):
     if wanted & {"x", "offset", "mask"}:
         column_gradients = _fused_backward.column_gradients(g, grad, image, weight, offset, mask)
     if "x" in wanted:
-        places, masks = _per_position(offset, dtype), _per_position(mask, dtype)
         grad_image = xp.zeros(image.shape, dtype)
         for first, count in chunks(g, image.itemsize):
             grad_columns = empty_columns(g, count, like=image)
             column_gradients(first, count, grad_columns, grad_offset, grad_mask)
-            _image_gradient(g, places, masks, grad_columns, grad_image, first, count)
+            _image_gradient(g, offset, mask, grad_columns, grad_image, first, count)
     elif wanted & {"offset", "mask"}:
         column_gradients(0, len(grad), None, grad_offset, grad_mask)
     return grad_image, grad_offset, grad_weight, grad, grad_mask
@@ -426,7 +425,7 @@ def _column_gradients(g, grad, image, offset, weight, mask, wanted):
                 **_macros(g, image, vec),
             )  # fmt: skip
         if "x" in wanted:
-            _image_gradient(g, places, masks, grad_columns, grad_image, first, count)
+            _image_gradient(g, offset, mask, grad_columns, grad_image, first, count)
     grad_weight = unpack_weight(grad_packed, g, image.dtype) if "weight" in wanted else None
     return grad_image, grad_offset, grad_weight, grad, grad_mask
 
@@ -460,21 +459,30 @@ def _image_gradient(g, offset, mask, grad_columns, grad_image, first, count):
     images = range(first // g.positions, (first + count - 1) // g.positions + 1)
     samples = count * g.offset_groups * g.taps
     cells = len(images) * g.offset_groups * (g.height + 1) * (g.width + 1)
-    keys = xp.empty(samples, np.int64)
+    counts = xp.zeros(cells + 1, np.int32)
+    lists = xp.empty(samples, np.int32)
     weights = xp.empty((samples, 4), grad_image.dtype)
+    places, masks = _fused._strides(offset), _fused._strides(mask)
     vec = _vector_width(g, grad_columns)
-    macros = _macros(g, grad_columns, vec)
-    _cuda.launch_rows(
-        "deform_conv.cu", "list_cells", samples, 1,
-        offset, mask, keys, weights, g, len(images), images.start, first, count,
-        **macros,
+    launch = functools.partial(
+        _cuda.launch, "image_gradient.cu",
+        DTYPE=grad_columns.dtype, INDEX=index_type(g), VEC=vec, CORNERS=4,
+        OFFSET=offset.dtype, MASK=(offset if mask is None else mask).dtype,
     )  # fmt: skip
-    keys.sort()
-    starts = xp.searchsorted(keys, xp.arange(cells + 1) * samples)
-    _cuda.launch_rows(
-        "deform_conv.cu", "image_gradient",
-        len(images) * g.height * g.width, g.channels // vec,
-        grad_columns, keys, starts, weights, grad_image[images.start : images.stop], g,
+    threads = (_cuda.THREADS,)
+    by_sample = (-(-samples // _cuda.THREADS),)
+    launch(
+        "count_samples", by_sample, threads, offset, counts, g, places, images.start, first, count
+    )
+    starts = xp.cumsum(counts, dtype=np.int32)  # the ends, until the lists are filled backwards
+    launch(
+        "list_samples", by_sample, threads,
+        offset, mask, starts, lists, weights, g, places, masks, images.start, first, count,
+    )  # fmt: skip
+    launch("sort_samples", (-(-cells // _cuda.THREADS),), threads, starts, lists, cells)
+    block = _cuda.row_block(g.channels // vec)
+    launch(
+        "image_gradient", (-(-len(images) * g.height * g.width // block[1]),), block,
+        grad_columns, lists, starts, weights, grad_image[images.start : images.stop], g,
         len(images), count,
-        **macros,
     )  # fmt: skip

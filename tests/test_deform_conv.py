@@ -481,21 +481,32 @@ def last_row(xp, height, width=2**15, count=256):
         image, offset, None, columns, grad_offset, None, g, first, count, **macros,
     )  # fmt: skip
 
-    keys, weights = xp.empty(count, np.int64), xp.empty((count, 4), np.float32)
-    _cuda.launch_rows(
-        "deform_conv.cu", "list_cells", count, 1,
-        offset, None, keys, weights, g, 1, 0, first, count, **macros,
-    )  # fmt: skip
-    keys.sort()
     cells = (height + 1) * (width + 1)
-    around = xp.arange(cells - 2 * (width + 1), cells + 1)  # the cells around the last row
-    starts = xp.zeros(cells + 1, np.int64)
-    starts[-len(around) :] = xp.searchsorted(keys, around * count)
+    around = 3 * (width + 1)  # that many cells at the end are those around the last row
+    starts = xp.zeros(cells + 1, np.int32)
+    lists, weights = xp.empty(count, np.int32), xp.empty((count, 4), np.float32)
     grad_image = xp.zeros((1, height, width, 1), np.float32)
+    macros = {
+        "DTYPE": image.dtype, "INDEX": deformable.conv.index_type(g), "VEC": 1,
+        "OFFSET": offset.dtype, "MASK": offset.dtype, "CORNERS": 4,
+    }  # fmt: skip
+    strides = _fused._strides(offset.transpose(0, 3, 1, 2))
+
+    def launch(name, blocks, *args):
+        _cuda.launch("image_gradient.cu", name, (blocks,), (256,), *args, **macros)
+
+    launch("count_samples", 1, offset, starts, g, strides, 0, first, count)
+    starts[-around:] = xp.cumsum(starts[-around:], dtype=np.int32)
+    launch(
+        "list_samples", 1,
+        offset, None, starts, lists, weights, g, strides, _fused._strides(None), 0, first, count,
+    )  # fmt: skip
+    with configure(last_blocks=-(-around // 256)):
+        launch("sort_samples", -(-cells // 256), starts, lists, cells)
     with configure(last_blocks=1):  # of 256 pixels
         _cuda.launch_rows(
-            "deform_conv.cu", "image_gradient", height * width, 1,
-            columns, keys, starts, weights, grad_image, g, 1, count, **macros,
+            "image_gradient.cu", "image_gradient", height * width, 1,
+            columns, lists, starts, weights, grad_image, g, 1, count, **macros,
         )  # fmt: skip
     results = columns, grad_offset[0, -1, -count:], weights, grad_image[0, -1, -count:]
     return [a.get() for a in results]

@@ -127,7 +127,7 @@ def test_positions_and_taps_may_be_split_among_blocks(
     g = geometry(dtype, n=3, c=24, h=17, w=15, o=12, offset_groups=2)
     size, terms = arrays["x"].itemsize, 3 if precision == "float32" else 1
     weights = _fused_backward.weight_variant(g, size, terms, 4, processors, 1 << 20)
-    columns = _fused_backward.column_variant(g, size, terms, 4, processors, 3 * 17 * 15)
+    columns = _fused_backward.column_variant(g, size, terms, processors, 3 * 17 * 15)
     assert (weights.parts > 1) == (columns.grid[1] > 1) == (processors > 1)
     check(deform_conv2d, arrays, keywords, mode)
 

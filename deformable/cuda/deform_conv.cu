@@ -1,4 +1,4 @@
-// deform_conv.py: deformable columns, and their gradients without a single atomic operation.
+// deform_conv.py: deformable columns, and the gradients of their offsets and masks.
 //
 // A sample is one (position, offset group, tap) of the chunk of `count` positions from `first` on;
 // samples are counted in that order, by int: a chunk is small. Layouts, all contiguous:
@@ -113,66 +113,5 @@ extern "C" __global__ void __launch_bounds__(256, 3)
     grad_offset[2 * at] = grad.y;
     grad_offset[2 * at + 1] = grad.x;
     if (grad_mask) grad_mask[at] = grad.mask;
-  }
-}
-
-// The input gradient gathers instead of scattering: list_cells gives every sample a key, its cell
-// times the number of samples plus itself. Sorted keys are, cell by cell, the samples that look
-// there, in an order that never varies. Cells are (image, offset group, H + 1, W + 1), the upper
-// left corner from -1 on. A sample outside belongs to no cell: its key is the largest.
-extern "C" __global__ void __launch_bounds__(256, 4)
-    list_cells(const A* __restrict__ offset, const A* __restrict__ mask, int64* __restrict__ keys,
-               A* __restrict__ weights, const ConvGeometry g, const int64 images,
-               const int64 first_image, const int64 first, const int64 count) {
-  const int samples = sample_count(g, count);
-  const int sample = blockIdx.x * blockDim.y + threadIdx.y;
-  if (sample >= samples) return;
-
-  const SampleId id = sample_id(g, sample);
-  index_t n;
-  const Sample s = read_sample(g, offset, mask, id, first, n);
-  const int64 plane = (n - first_image) * g.offset_groups + id.group;
-  const int64 inside = (plane * (g.height + 1) + s.y + 1) * (g.width + 1) + s.x + 1;
-  const int64 outside = images * g.offset_groups * (g.height + 1) * (g.width + 1);
-  keys[sample] = (s.inside ? inside : outside) * samples + sample;
-  for (int corner = 0; corner < 4; ++corner) {
-    weights[4 * static_cast<int64>(sample) + corner] = corner_weight(s, corner);
-  }
-}
-
-// A thread row gathers the gradient of one pixel from the samples of the four cells around it and
-// adds it to grad_image (images, H, W, C). `starts` says where in `keys` a cell begins.
-extern "C" __global__ void __launch_bounds__(256, 3)
-    image_gradient(const T* __restrict__ grad_columns, const int64* __restrict__ keys,
-                   const int64* __restrict__ starts, const A* __restrict__ weights,
-                   A* __restrict__ grad_image, const ConvGeometry g, const int64 images,
-                   const int64 count) {
-  const int samples = sample_count(g, count);
-  const index_t row = static_cast<index_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const index_t line = row / g.width;
-  const int x = static_cast<int>(row - line * g.width);
-  const index_t image = line / g.height;
-  const int y = static_cast<int>(line - image * g.height);
-  if (image >= images) return;
-
-  const int depth = g.channels / g.offset_groups;
-  for (int c = threadIdx.x * VEC; c < g.channels; c += blockDim.x * VEC) {
-    A* to = grad_image + static_cast<int64>(row) * g.channels + c;
-    Vector sum = load(to);
-    const int64 plane = static_cast<int64>(image) * g.offset_groups + c / depth;
-#pragma unroll 1  // four lists of unknown length: unrolling them would only spill registers
-    for (int corner = 0; corner < 4; ++corner) {
-      // the cell of which this pixel is that corner
-      const int64 cell = (plane * (g.height + 1) + y + 1 - (corner >> 1)) * (g.width + 1) + x + 1 -
-                         (corner & 1);
-      for (int64 entry = starts[cell]; entry < starts[cell + 1]; ++entry) {
-        const int sample = static_cast<int>(keys[entry] - cell * samples);
-        const SampleId id = sample_id(g, sample);
-        const int64 from = column_offset(g, count, id.position, id.tap, c);
-        const A weight = weights[4 * static_cast<int64>(sample) + corner];
-        add(sum, weight, load(grad_columns + from));
-      }
-    }
-    store(to, sum);
   }
 }

@@ -8,7 +8,7 @@
 // through their columns in tiles of TILE_N, and through the sum over output channels in steps:
 //
 //   plan      once per sample: pixels of its corners and fractions, into shared memory
-//   product   on tensor cores, grad_y from global memory, weights by cp.async STAGES - 1 steps ahead
+//   product   on tensor cores, grad_y from global memory, weights by cp.async, both one step ahead
 //   dots      of what a lane has of a tile with the channels of the four corners
 //   store     columns, 16 bytes per lane; after the last tile of a sample its own gradients
 //
@@ -28,13 +28,13 @@
 #define WARPS 4
 #include "fused_product.cuh"
 
-constexpr int STAGES = 3;
 constexpr int TILE_M = 32 * WARPS, THREADS = 32 * WARPS;
 constexpr int N8 = TILE_N / 8;
-constexpr int UNITS = TILE_N / (4 * UNIT);                       // of a lane
-constexpr int STAGE = N8 * 32 * (TERMS == 3 ? 2 : 1);            // units of weights in a step
-
-constexpr int BLOCKS = TERMS == 3 || VEC < UNIT || VEC_Y < UNIT ? 2 : 3;  // of a multiprocessor
+constexpr int UNITS = TILE_N / (4 * UNIT);              // of a lane
+constexpr int STAGE = N8 * 32 * (TERMS == 3 ? 2 : 1);   // units of weights in a step
+constexpr int CHAIN = 8;                                // steps, as in fused_conv.cu
+constexpr int TOTALS = TERMS == 3 ? 2 * N8 * THREADS : 0;  // of four sums each
+constexpr int BLOCKS = 2;  // of a multiprocessor: registers
 
 struct Layout {
   int outs, run;    // output channels of a group of weights; channels of a run
@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(256)
   const int row = row_and_slot / l.rows_shared / l.slots * l.rows_shared +
                   row_and_slot % l.rows_shared;
   const int t = column / 2, tap = slot * l.samples + (t >> l.lane_bits);
-  const int unit = (chunk * UNITS + j / SPAN << l.lane_bits) + (t & (1 << l.lane_bits) - 1);
+  const int unit = ((chunk * UNITS + j / SPAN) << l.lane_bits) + (t & ((1 << l.lane_bits) - 1));
   const int channel = unit * UNIT + j % SPAN * 2 + column % 2, group = row / l.runs;
 
   float value[UNIT];
@@ -112,17 +112,43 @@ __device__ __forceinline__ void plan_slot(const ConvGeometry& g, const Layout& l
   __syncwarp();
 }
 
+typedef float Sums[N8][2][4];  // of an n8 tile with 16 rows, twice
+
 // The lane's units of grad_y, 16 bytes of each of its rows.
 __device__ __forceinline__ void load_rows(Unit (&a)[ROWS], const char* rows, int row_bytes,
                                           int count, int left) {
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     a[r] = load_unit<VEC_Y, true>(advance(rows, 8 * r, row_bytes), 8 * r < count, left);
-    if constexpr (sizeof(T) == 4) {
-      float value[UNIT];
-      Math<T>::unpack(value, a[r]);
-      Math<T>::round(a[r], value);
-    }
+  }
+}
+
+// Unit u of row r of a tile's sums, zeros from column `left` on. `nan` becomes true if there is one.
+__device__ __forceinline__ void take(float (&value)[UNIT], const Sums& sums, int u, int r, int left,
+                                     bool& nan) {
+#pragma unroll
+  for (int e = 0; e < UNIT; ++e) {
+    value[e] = sums[u * SPAN + e / 2][r / 2][r % 2 * 2 + e % 2];
+    nan |= isnan(value[e]);
+  }
+  if (left >= UNIT) return;
+#pragma unroll
+  for (int e = 0; e < UNIT; ++e) {
+    if (e >= left) value[e] = 0;
+  }
+}
+
+// Adds the products with the corners' channels.
+__device__ __forceinline__ void add_dots(A (&dots)[4], const float (&value)[UNIT],
+                                         const int (&pixel)[4], const char* channels, int run_bytes,
+                                         int left) {
+#pragma unroll
+  for (int corner = 0; corner < 4; ++corner) {
+    const char* const from = advance(channels, pixel[corner], run_bytes);
+    float seen[UNIT];
+    Math<T>::unpack(seen, load_unit<VEC, true>(from, pixel[corner] >= 0, left));
+#pragma unroll
+    for (int e = 0; e < UNIT; ++e) dots[corner] += seen[e] * value[e];
   }
 }
 
@@ -152,129 +178,126 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                     OFFSET* __restrict__ grad_offset, MASK* __restrict__ grad_mask,
                     const ConvGeometry g, const Layout l, const Strides offset_strides,
                     const Strides mask_strides, const int64 first, const int64 count) {
-  DYN_SHARED(Unit, ring);
-  SamplePlan* const plan = reinterpret_cast<SamplePlan*>(ring + STAGES * STAGE);
+  DYN_SHARED(Unit, ring);  // the weights of two steps, totals, the plan
+  Quad* const totals = reinterpret_cast<Quad*>(ring + 2 * STAGE);
+  SamplePlan* const plan = reinterpret_cast<SamplePlan*>(totals + TOTALS);
   const Places places = {offset, mask, offset_strides, mask_strides};
 
   // a grid of tiles of `count` positions from `first` on, parts of the slots, and offset groups
-  const int first_row = blockIdx.x * TILE_M, rows = static_cast<int>(count) - first_row;
-  const int first_slot = blockIdx.y * l.split, slots = min(l.split, l.slots - first_slot);
+  const int tile_row = blockIdx.x * TILE_M, first_position = static_cast<int>(first) + tile_row;
+  const int rows = static_cast<int>(count) - tile_row;
+  const int first_slot = blockIdx.y * l.split, last_slot = min(first_slot + l.split, l.slots);
   const int offset_group = blockIdx.z, taps = g.taps();
   const bool dots_wanted = CORNERS == 4 && grad_offset;
 
   const int lane = threadIdx.x % 32, t = lane % 4, row = threadIdx.x - lane + lane / 4;
-  const int own_unit = t & (1 << l.lane_bits) - 1, own_sample = t >> l.lane_bits;
+  const int own_unit = t & ((1 << l.lane_bits) - 1), own_sample = t >> l.lane_bits;
   const SamplePlan* const own_plan = plan + own_sample * TILE_M + row;
   const int row_bytes = g.out_channels * sizeof(T), run_bytes = l.run * sizeof(T);
   const T* const own_rows =
-      grad_y + (first + first_row + row) * g.out_channels + t * UNIT;
+      grad_y + static_cast<int64>(first_position + row) * g.out_channels + t * UNIT;
 
-  const int64 first_stage = static_cast<int64>(offset_group * l.slots + first_slot) *
-                            l.rows_shared * l.chunks * l.steps;
+  const int64 column_step = static_cast<int64>(taps) * (g.channels / g.groups);  // to the next row
+  const int64 first_step = static_cast<int64>(offset_group * l.slots + first_slot) *
+                           l.rows_shared * l.chunks * l.steps;
   for (bool corrected = true;; corrected = false) {
-    const Unit* weights = packed + first_stage * STAGE + threadIdx.x;
-    int stage = 0, free_stage = 0;
-    const auto fetch = [&] {
+    const Unit* weights = packed + first_step * STAGE + threadIdx.x;
+    const auto fetch = [&](int stage) {
 #pragma unroll
       for (int i = 0; i < STAGE; i += THREADS) {
-        cp_async<16>(ring + free_stage + threadIdx.x + i, weights + i);
+        cp_async<16>(ring + stage + threadIdx.x + i, weights + i);
       }
       cp_async_commit();
       weights += STAGE;
-      free_stage = free_stage == (STAGES - 1) * STAGE ? 0 : free_stage + STAGE;
     };
-    for (int s = 0; s < STAGES - 1; ++s) fetch();
 
     bool nan = false;
-    for (int slot = first_slot; slot < first_slot + slots; ++slot) {
-      const int tap = slot * l.samples + own_sample;
+    int stage = 0;  // of the ring
+    fetch(stage);
+    for (int slot = first_slot; slot < last_slot; ++slot) {
       if (dots_wanted) {
-        plan_slot(g, l, places, static_cast<int>(first) + first_row + threadIdx.x,
-                  threadIdx.x < rows, slot * l.samples, offset_group, plan + threadIdx.x);
+        plan_slot(g, l, places, first_position + threadIdx.x, threadIdx.x < rows,
+                  slot * l.samples, offset_group, plan + threadIdx.x);
       }
+      const int tap = slot * l.samples + own_sample;
       A dots[ROWS][4] = {};
       for (int tile = 0; tile < l.rows_shared * l.chunks; ++tile) {
         const int run = tile / l.chunks, chunk = tile - run * l.chunks;
         const int image_row = offset_group * l.rows_shared + run, group = image_row / l.runs;
 
-        // product
-        float sums[N8][2][4] = {};
-        const char* from = reinterpret_cast<const char*>(own_rows + group * l.outs);
-        Unit a[ROWS], next[ROWS];
-        load_rows(next, from, row_bytes, rows - row, l.outs - t * UNIT);
-        for (int step = 0; step < l.steps; ++step) {
+        Sums sums = {};
 #pragma unroll
-          for (int r = 0; r < ROWS; ++r) a[r] = next[r];
+        for (int i = 0; i < TOTALS; i += THREADS) totals[threadIdx.x + i] = {};
+        const char* from = reinterpret_cast<const char*>(own_rows + group * l.outs);
+        int outs_left = l.outs - t * UNIT;
+        Unit next[ROWS];
+        load_rows(next, from, row_bytes, rows - row, outs_left);
+        for (int left = l.steps; left > 0; --left) {
+          Unit a[ROWS];
+#pragma unroll
+          for (int r = 0; r < ROWS; ++r) a[r] = rounded(next[r]);
           from += 64;
-          load_rows(next, from, row_bytes, rows - row, l.outs - (4 * step + 4 + t) * UNIT);
-          cp_async_wait<STAGES - 2>();
+          outs_left -= 4 * UNIT;
+          load_rows(next, from, row_bytes, rows - row, outs_left);
+          cp_async_wait<0>();
           __syncthreads();
-          fetch();
+          fetch(stage ^ STAGE);
           if (TERMS == 1 || corrected) {
             multiply_step<true>(sums, a, ring + stage + lane, TILE_N);
           } else {
             multiply_step<false>(sums, a, ring + stage + lane, TILE_N);
           }
-          stage = stage == (STAGES - 1) * STAGE ? 0 : stage + STAGE;
+          if (TERMS == 3 && left % CHAIN == 0) promote<false, THREADS>(sums, totals + threadIdx.x);
+          stage ^= STAGE;
         }
+        if (TERMS == 3) promote<true, THREADS>(sums, totals + threadIdx.x);
 
-        // dots and store
+const int channel = image_row * l.run + ((chunk * UNITS << l.lane_bits) + own_unit) * UNIT;
+        const char* const pixels = reinterpret_cast<const char*>(image + channel);
+        T* const columns =
+            grad_columns + column_offset(g, count, tile_row + row, tap, channel);
+        int channels_left = (image_row + 1) * l.run - channel;
 #pragma unroll
         for (int u = 0; u < UNITS; ++u) {
-          const int channel = ((chunk * UNITS + u << l.lane_bits) + own_unit) * UNIT;
-          const int left = l.run - channel;
-          const T* const channels = image + static_cast<int64>(image_row) * l.run + channel;
+          // as a branch, it also keeps the loads of too many corners apart
+          if (channels_left <= 0) break;
+          const int first_channel = u * UNIT << l.lane_bits;
 #pragma unroll
           for (int r = 0; r < ROWS; ++r) {
             float value[UNIT];
-#pragma unroll
-            for (int e = 0; e < UNIT; ++e) {
-              const float sum = sums[u * SPAN + e / 2][r / 2][r % 2 * 2 + e % 2];
-              nan |= isnan(sum);
-              value[e] = left >= UNIT || e < left ? sum : 0;
-            }
+            take(value, sums, u, r, channels_left, nan);
             if (dots_wanted) {
-              const SamplePlan& p = own_plan[8 * r];
-#pragma unroll
-              for (int corner = 0; corner < 4; ++corner) {
-                const int pixel = p.pixel[corner];
-                const Unit seen = load_unit<VEC, true>(
-                    advance(reinterpret_cast<const char*>(channels), pixel, run_bytes), pixel >= 0,
-                    left);
-                float at[UNIT];
-                Math<T>::unpack(at, seen);
-#pragma unroll
-                for (int e = 0; e < UNIT; ++e) dots[r][corner] += at[e] * value[e];
-              }
+              add_dots(dots[r], value, own_plan[8 * r].pixel, pixels + first_channel * sizeof(T),
+                       run_bytes, channels_left);
             }
             if (grad_columns && row + 8 * r < rows && tap < taps) {
-              const int64 to = column_offset(g, count, first_row + row + 8 * r, tap,
-                                             image_row * l.run + channel);
-              store_unit(grad_columns + to, value, left, corrected);
+              store_unit(columns + 8 * r * column_step + first_channel, value, channels_left,
+                         corrected);
             }
           }
+          channels_left -= UNIT << l.lane_bits;
         }
       }
 
-      // gradients of the samples
-      if (!dots_wanted) continue;
+      if (dots_wanted) {
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
+        for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
-        for (int corner = 0; corner < 4; ++corner) {
-          A& dot = dots[r][corner];
-          if (l.lane_bits > 0) dot += __shfl_xor_sync(0xffffffffu, dot, 1);
-          if (l.lane_bits > 1) dot += __shfl_xor_sync(0xffffffffu, dot, 2);
-        }
-        if (own_unit || row + 8 * r >= rows || tap >= taps) continue;
-        const SamplePlan& p = own_plan[8 * r];
-        const SampleGradient grad = sample_gradient({0, 0, true, p.ly, p.lx, p.scale}, dots[r]);
-        const int64 to =
-            ((first + first_row + row + 8 * r) * g.offset_groups + offset_group) * taps + tap;
-        if (corrected || isinf(grad.y)) grad_offset[2 * to] = static_cast<OFFSET>(grad.y);
-        if (corrected || isinf(grad.x)) grad_offset[2 * to + 1] = static_cast<OFFSET>(grad.x);
-        if (grad_mask && (corrected || isinf(grad.mask))) {
-          grad_mask[to] = static_cast<MASK>(grad.mask);
+          for (int corner = 0; corner < 4; ++corner) {
+            A& dot = dots[r][corner];
+            if (l.lane_bits > 0) dot += __shfl_xor_sync(0xffffffffu, dot, 1);
+            if (l.lane_bits > 1) dot += __shfl_xor_sync(0xffffffffu, dot, 2);
+          }
+          if (own_unit || row + 8 * r >= rows || tap >= taps) continue;
+          const SamplePlan& p = own_plan[8 * r];
+          const SampleGradient grad = sample_gradient({0, 0, true, p.ly, p.lx, p.scale}, dots[r]);
+          const int64 position = first_position + row + 8 * r;
+          const int64 to = (position * g.offset_groups + offset_group) * taps + tap;
+          if (corrected || isinf(grad.y)) grad_offset[2 * to] = static_cast<OFFSET>(grad.y);
+          if (corrected || isinf(grad.x)) grad_offset[2 * to + 1] = static_cast<OFFSET>(grad.x);
+          if (grad_mask && (corrected || isinf(grad.mask))) {
+            grad_mask[to] = static_cast<MASK>(grad.mask);
+          }
         }
       }
     }

@@ -78,6 +78,16 @@ template <> struct Math<float> {
   }
 };
 
+// A unit as tensor cores may have it: they would cut off what TF32 has not.
+__device__ __forceinline__ Unit rounded(Unit u) {
+  if constexpr (sizeof(T) == 4) {
+    float value[UNIT];
+    Math<T>::unpack(value, u);
+    Math<T>::round(u, value);
+  }
+  return u;
+}
+
 // A unit by loads of WIDTH channels. CHECKED: zeros if it does not `exist`, and from channel `left` on.
 template <int WIDTH, bool CHECKED>
 __device__ __forceinline__ Unit load_unit(const char* from, bool exists, int left) {

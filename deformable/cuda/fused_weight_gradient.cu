@@ -60,6 +60,31 @@ struct SamplePlan {
 
 typedef float Sums[M16][2 * N16][4];
 
+// Plans samples of a group of weights for `planned` positions from `first` on, of which `left` exist.
+__device__ __forceinline__ void plan_samples(const ConvGeometry& g, const Layout& l,
+                                             const Places& places, int group, int first_sample,
+                                             int first, int left, SamplePlan* plan) {
+  const int taps = g.taps();
+  for (int i = threadIdx.x; i < l.plans * l.planned; i += THREADS) {
+    const int n = i / l.planned, position = i - n * l.planned;
+    const int sample = first_sample + n, run = sample / taps, tap = sample - run * taps;
+    const int row = group * (l.samples / taps) + run;
+    const bool exists = position < left && sample < l.samples;
+    SamplePlan p = {};
+    if (exists) {
+      plan_sample(g, places, output_pixel(g, first + position), tap / g.kernel_w * g.dilation_h,
+                  tap % g.kernel_w * g.dilation_w, row / l.rows_shared * taps + tap, p.rows,
+                  p.weights);
+    }
+#pragma unroll
+    for (int corner = 0; corner < CORNERS; ++corner) {
+      int& pixel = p.rows.corner[corner];
+      pixel = exists && pixel >= 0 ? pixel * l.rows + row : -1;
+    }
+    plan[i] = p;
+  }
+}
+
 // A fragment, as drawn above, of K rows of a tile.
 template <int PITCH>
 __device__ __forceinline__ void load_fragment(u32 (&r)[4], const T* tile) {
@@ -124,11 +149,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   const Places places = {offset, mask, offset_strides, mask_strides};
 
   // a grid of tiles (groups, output channels, columns) and parts of the positions
-  const int tile = static_cast<int>(first_tile) + blockIdx.x, taps = g.taps();
+  const int tile = static_cast<int>(first_tile) + blockIdx.x;
   const int group_and_o = tile / l.tiles_c, group = group_and_o / l.tiles_o;
   const int first_out = (group_and_o - group * l.tiles_o) * TILE_O;
   const int first_unit = (tile - group_and_o * l.tiles_c) * UNITS;
-  const int begin = blockIdx.y * l.split, end = min(g.batch * g.positions(), begin + l.split);
+  const int begin = blockIdx.y * l.split;
+  const int end = begin + min(l.split, g.batch * g.positions() - begin);
 
   // the unit of columns that the thread gathers
   const int first_sample = first_unit / l.run_units, unit = first_unit + threadIdx.x % UNITS;
@@ -154,12 +180,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         for (int i = 0; i < COPIED; ++i) {
           const int at = i * THREADS + threadIdx.x;
           if (STAGE * UNITS_O % THREADS && at >= STAGE * UNITS_O) continue;
-          if constexpr (sizeof(T) == 4) {
-            float value[UNIT];
-            Math<T>::unpack(value, copied[i]);
-            Math<T>::round(copied[i], value);
-          }
-          *reinterpret_cast<Unit*>(tile_y + at / UNITS_O * PITCH_O + at % UNITS_O * UNIT) = copied[i];
+          *reinterpret_cast<Unit*>(tile_y + at / UNITS_O * PITCH_O + at % UNITS_O * UNIT) =
+              rounded(copied[i]);
         }
       }
       __syncthreads();
@@ -167,24 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       const int next = now + STAGE;
       if (next < end) {
         if ((next - begin) % l.planned == 0) {
-          for (int i = threadIdx.x; i < l.plans * l.planned; i += THREADS) {
-            const int n = i / l.planned, position = next + i - n * l.planned;
-            const int sample = first_sample + n, run = sample / taps, tap = sample - run * taps;
-            const int row = group * (l.samples / taps) + run;
-            SamplePlan p = {};
-            if (position < end && sample < l.samples) {
-              plan_sample(g, places, output_pixel(g, position), tap / g.kernel_w * g.dilation_h,
-                          tap % g.kernel_w * g.dilation_w, row / l.rows_shared * taps + tap,
-                          p.rows, p.weights);
-            }
-#pragma unroll
-            for (int corner = 0; corner < CORNERS; ++corner) {
-              int& pixel = p.rows.corner[corner];
-              const bool exists = position < end && sample < l.samples && pixel >= 0;
-              pixel = exists ? pixel * l.rows + row : -1;
-            }
-            plan[i] = p;
-          }
+          plan_samples(g, l, places, group, first_sample, next, end - next, plan);
           __syncthreads();
         }
         const Pixels at = own_plan[(next - begin) % l.planned].rows;
