@@ -16,7 +16,7 @@ from deformable._array import CALLS, Array, array_module
 if TYPE_CHECKING:
     from deformable.conv import ConvGeometry
 
-WORKSPACE_BYTES = 128 << 20  # of what a backward call allocates besides its results
+WORKSPACE_BYTES = 128 << 20  # of partial sums alive on a GPU
 STAGE = 16  # positions that a block gathers at once
 UNITS = 16  # of 16 bytes, of columns of a tile
 PLANS = 512  # samples that a block plans at once, at most

@@ -421,10 +421,13 @@ def _numpy_backward(g, grad_y, x, weight, wanted):
 # ---- CUDA: cuda/conv.cu, and cuda/fused_conv.cu where there are tensor cores
 
 
-def chunks(g: ConvGeometry, itemsize: int) -> Iterator[tuple[int, int]]:
-    """Ranges (first, count) of the N · Ho · Wo positions; their columns take ``CHUNK_BYTES``."""
+def chunks(g: ConvGeometry, tap_bytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges (first, count) of the N · Ho · Wo positions.
+
+    A chunk takes ``CHUNK_BYTES`` where a tap of a position takes ``tap_bytes``.
+    """
     total = g.batch * g.positions
-    step = max(1, CHUNK_BYTES // (g.taps * g.channels * itemsize))
+    step = max(1, CHUNK_BYTES // (g.taps * tap_bytes))
     for first in range(0, total, step):
         yield first, min(step, total - first)
 
@@ -448,7 +451,7 @@ def _cuda_forward(g, x, weight, bias):
         image = channels_last(x, x.dtype)
         packed = pack_weight(weight, g, x.dtype)
         y = array_module(x).empty((g.batch * g.positions, g.out_channels), x.dtype)
-        for first, count in chunks(g, x.dtype.itemsize):
+        for first, count in chunks(g, g.channels * x.itemsize):
             columns = _im2col(g, image, first, count)
             _cuda.gemm(columns, packed.mT, out=by_group(y[first : first + count], g))
         if bias is not None:
@@ -472,7 +475,7 @@ def _fused_gradients(g, grad, image, weight, wanted):
     if "x" in wanted:
         grad_image = array_module(image).zeros(image.shape, compute_dtype(image.dtype))
         column_gradients = _fused_backward.column_gradients(g, grad, image, weight)
-        for first, count in chunks(g, image.itemsize):
+        for first, count in chunks(g, g.channels * image.itemsize):
             grad_columns = empty_columns(g, count, like=image)
             column_gradients(first, count, grad_columns, None, None)
             _col2im(g, grad_columns, grad_image, first, count)
@@ -485,7 +488,7 @@ def _column_gradients(g, grad, image, weight, wanted):
     packed = pack_weight(weight, g, image.dtype)
     grad_packed = xp.zeros(packed.shape, dtype)
     grad_image = xp.zeros(image.shape, dtype) if "x" in wanted else None
-    for first, count in chunks(g, image.itemsize):
+    for first, count in chunks(g, g.channels * image.itemsize):
         grad_out = by_group(grad[first : first + count], g)
         if "weight" in wanted:
             columns = _im2col(g, image, first, count)

@@ -52,7 +52,7 @@ from deformable.conv import (
 )
 
 SAMPLES = 64  # planned together by a block of threads
-SAMPLE_BYTES = 64  # about: of finding a sample on the CPU, and of its row of the sparse matrix
+SAMPLE_BYTES = 64  # about: of finding a sample, and of its row of the sparse matrix or its lists
 
 
 class DeformConv2dGradients(NamedTuple):
@@ -169,6 +169,11 @@ def deform_conv2d_backward(
     The gradient of a position is the right-hand derivative, that of the cell [floor, floor + 1),
     also on the grid lines and at exactly −1 (Eq. 7 of arXiv 1703.06211 leaves these open): padded
     taps learn from offsets that begin at zero.
+
+    On a GPU a call allocates, beside its results, packed weights, the gradient of `x` in the dtype
+    of sums and copies of arrays that do not lie channels-last, at most ``WORKSPACE_BYTES``, 128 MB:
+    partial sums of the gradient of the weights, and later the columns and samples of a chunk of
+    positions. To these come 8 bytes per pixel and offset group of the images of a chunk.
 
     Examples
     --------
@@ -358,7 +363,7 @@ def _cuda_forward(g, x, offset, weight, bias, mask):
         offset, mask = _per_position(offset, dtype), _per_position(mask, dtype)
         packed = pack_weight(weight, g, x.dtype)
         y = array_module(x).empty((g.batch * g.positions, g.out_channels), x.dtype)
-        for first, count in chunks(g, x.dtype.itemsize):
+        for first, count in _chunks(g, x):
             columns = _im2col(g, image, offset, mask, first, count)
             _cuda.gemm(columns, packed.mT, out=by_group(y[first : first + count], g))
         if bias is not None:
@@ -389,7 +394,7 @@ def _fused_gradients(g, grad, image, offset, weight, mask, wanted):
         column_gradients = _fused_backward.column_gradients(g, grad, image, weight, offset, mask)
     if "x" in wanted:
         grad_image = xp.zeros(image.shape, dtype)
-        for first, count in chunks(g, image.itemsize):
+        for first, count in _chunks(g, image):
             grad_columns = empty_columns(g, count, like=image)
             column_gradients(first, count, grad_columns, grad_offset, grad_mask)
             _image_gradient(g, offset, mask, grad_columns, grad_image, first, count)
@@ -408,7 +413,7 @@ def _column_gradients(g, grad, image, offset, weight, mask, wanted):
     grad_image = xp.zeros(image.shape, dtype) if "x" in wanted else None
     grad_offset = xp.empty(places.shape, dtype)
     grad_mask = None if mask is None else xp.empty(masks.shape, dtype)
-    for first, count in chunks(g, image.itemsize):
+    for first, count in _chunks(g, image):
         grad_out = by_group(grad[first : first + count], g)
         if "weight" in wanted:
             columns = _im2col(g, image, places, masks, first, count)
@@ -428,6 +433,11 @@ def _column_gradients(g, grad, image, offset, weight, mask, wanted):
             _image_gradient(g, offset, mask, grad_columns, grad_image, first, count)
     grad_weight = unpack_weight(grad_packed, g, image.dtype) if "weight" in wanted else None
     return grad_image, grad_offset, grad_weight, grad, grad_mask
+
+
+def _chunks(g, like):
+    """Ranges of positions whose columns and samples fit together."""
+    return chunks(g, g.channels * like.itemsize + g.offset_groups * SAMPLE_BYTES)
 
 
 def _vector_width(g, *arrays):

@@ -264,6 +264,37 @@ def test_arrays_are_read_through_any_strides(order):
         assert_array_equal(a.get(), b.get())
 
 
+@pytest.mark.skipif(HAVE_GPU, reason="the substitute counts allocations")
+@pytest.mark.parametrize("operator", BACKWARD)
+def test_memory_is_bounded_by_the_workspace(operator, monkeypatch):
+    """Beside results, an image in float32 and packed weights; columns alone would be more."""
+    from tests.simt import substitute
+    from tests.simt.settings import configure
+
+    workspace = 1 << 18
+    monkeypatch.setattr(_fused_backward, "WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(deformable.conv, "CHUNK_BYTES", workspace // 4)
+    monkeypatch.setattr(_fused, "_resources", lambda device: (300, 228 << 10))
+    sizes = {"c": 32, "h": 32, "w": 32, "o": 16, "kernel": (5, 5), "padding": 2}
+    arrays, keywords = random_case(np.float16, **sizes)
+    if operator is conv2d:
+        arrays, keywords = plain(arrays, keywords)
+    arrays = on(cupy, with_gradient(operator, arrays, keywords))
+    for name in "x", "grad_y":
+        last = cupy.ascontiguousarray(arrays[name].transpose(0, 2, 3, 1))
+        arrays[name] = last.transpose(0, 3, 1, 2)
+    with kernels("forward"), configure(races=False):
+        BACKWARD[operator](**arrays, **keywords)  # kernels are compiled
+        with substitute.memory() as peak:
+            grads = BACKWARD[operator](**arrays, **keywords)
+    results = sum(a.nbytes for a in grads if a is not None)
+    image, cells = 4 * arrays["x"].size, 8 * 33 * 33 + 8
+    packed = 2 * arrays["weight"].nbytes + (1 << 12)
+    bound = workspace + results + image + packed + cells
+    assert 25 * arrays["x"].nbytes > bound, "the bound says nothing"
+    assert peak[0] <= bound
+
+
 # ---- where these kernels are used
 
 
