@@ -32,7 +32,7 @@ constexpr int TILE_M = 32 * WARPS, THREADS = 32 * WARPS;
 constexpr int N8 = TILE_N / 8;
 constexpr int UNITS = TILE_N / (4 * UNIT);              // of a lane
 constexpr int STAGE = N8 * 32 * (TERMS == 3 ? 2 : 1);   // units of weights in a step
-constexpr int CHAIN = 8;                                // steps, as in fused_conv.cu
+constexpr int CHAIN = 4;                                // steps, as in fused_conv.cu
 constexpr int TOTALS = TERMS == 3 ? 2 * N8 * THREADS : 0;  // of four sums each
 constexpr int BLOCKS = 2;  // of a multiprocessor: registers
 
@@ -114,13 +114,12 @@ __device__ __forceinline__ void plan_slot(const ConvGeometry& g, const Layout& l
 
 typedef float Sums[N8][2][4];  // of an n8 tile with 16 rows, twice
 
-// The lane's units of grad_y, 16 bytes of each of its rows.
-__device__ __forceinline__ void load_rows(Unit (&a)[ROWS], const char* rows, int row_bytes,
-                                          int count, int left) {
+// The lane's units of grad_y, 16 bytes of each of its rows, zeros from output channel `left` on.
+template <bool CHECKED>
+__device__ __forceinline__ void load_rows(Unit (&a)[ROWS], const char* const (&rows)[ROWS],
+                                          int first_byte, int left) {
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    a[r] = load_unit<VEC_Y, true>(advance(rows, 8 * r, row_bytes), 8 * r < count, left);
-  }
+  for (int r = 0; r < ROWS; ++r) a[r] = load_unit<VEC_Y, CHECKED>(rows[r] + first_byte, true, left);
 }
 
 // Unit u of row r of a tile's sums, zeros from column `left` on. `nan` becomes true if there is one.
@@ -193,9 +192,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int lane = threadIdx.x % 32, t = lane % 4, row = threadIdx.x - lane + lane / 4;
   const int own_unit = t & ((1 << l.lane_bits) - 1), own_sample = t >> l.lane_bits;
   const SamplePlan* const own_plan = plan + own_sample * TILE_M + row;
-  const int row_bytes = g.out_channels * sizeof(T), run_bytes = l.run * sizeof(T);
-  const T* const own_rows =
-      grad_y + static_cast<int64>(first_position + row) * g.out_channels + t * UNIT;
+  const int run_bytes = l.run * sizeof(T);
+  const char* own_rows[ROWS];  // those behind the end repeat the last one, for nothing
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    const int64 position = first_position + min(row + 8 * r, rows - 1);
+    own_rows[r] = reinterpret_cast<const char*>(grad_y + position * g.out_channels + t * UNIT);
+  }
 
   const int64 column_step = static_cast<int64>(taps) * (g.channels / g.groups);  // to the next row
   const int64 first_step = static_cast<int64>(offset_group * l.slots + first_slot) *
@@ -228,17 +231,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         Sums sums = {};
 #pragma unroll
         for (int i = 0; i < TOTALS; i += THREADS) totals[threadIdx.x + i] = {};
-        const char* from = reinterpret_cast<const char*>(own_rows + group * l.outs);
-        int outs_left = l.outs - t * UNIT;
+        int byte = group * l.outs * sizeof(T), outs_left = l.outs;  // of the next step
         Unit next[ROWS];
-        load_rows(next, from, row_bytes, rows - row, outs_left);
+        const auto load_next = [&] {
+          if (outs_left >= 4 * UNIT) {
+            load_rows<false>(next, own_rows, byte, UNIT);
+          } else {
+            load_rows<true>(next, own_rows, byte, outs_left - t * UNIT);
+          }
+          byte += 64;
+          outs_left -= 4 * UNIT;
+        };
+        load_next();
         for (int left = l.steps; left > 0; --left) {
           Unit a[ROWS];
 #pragma unroll
-          for (int r = 0; r < ROWS; ++r) a[r] = rounded(next[r]);
-          from += 64;
-          outs_left -= 4 * UNIT;
-          load_rows(next, from, row_bytes, rows - row, outs_left);
+          for (int r = 0; r < ROWS; ++r) a[r] = operand(next[r]);
+          load_next();
           cp_async_wait<0>();
           __syncthreads();
           fetch(stage ^ STAGE);

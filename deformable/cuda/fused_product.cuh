@@ -78,12 +78,15 @@ template <> struct Math<float> {
   }
 };
 
-// A unit as tensor cores may have it: they would cut off what TF32 has not.
-__device__ __forceinline__ Unit rounded(Unit u) {
+// A unit that was loaded, as an operand of tensor cores, which cut off what TF32 has not.
+__device__ __forceinline__ Unit operand(Unit u) {
   if constexpr (sizeof(T) == 4) {
     float value[UNIT];
     Math<T>::unpack(value, u);
     Math<T>::round(u, value);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) u.reg[i] = moved(u.reg[i]);
   }
   return u;
 }

@@ -181,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
           const int at = i * THREADS + threadIdx.x;
           if (STAGE * UNITS_O % THREADS && at >= STAGE * UNITS_O) continue;
           *reinterpret_cast<Unit*>(tile_y + at / UNITS_O * PITCH_O + at % UNITS_O * UNIT) =
-              rounded(copied[i]);
+              operand(copied[i]);
         }
       }
       __syncthreads();

@@ -64,6 +64,14 @@ __device__ __forceinline__ void split_tf32(u32 x, u32& high, u32& low) {
       : "r"(x));
 }
 
+// x in a register of its own. mma wants its operands in neighbouring registers, and so does a load of
+// 16 bytes: without this the assembler moves them around before every mma.
+__device__ __forceinline__ u32 moved(u32 x) {
+  u32 y;
+  asm volatile("mov.b32 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // 8 x 8 matrices of 16-bit elements from shared memory: lane 8m + i gives the address of row i of
 // matrix m, 16 bytes aligned to 16; register m of lane l receives row l / 4, elements 2 (l % 4) and
 // the next. `_trans` gives the transposed matrices.

@@ -11,7 +11,8 @@ channel) value of its columns, for an image gradient one (pixel, sample, channel
 (bin, pixel, channel). How many there are follows from the loads in the loop, as ``loads`` tells.
 What happens in some of the rounds only is left out: plans of samples, and in ``fused_conv`` with
 TERMS=3 the promotion of the sums in every fourth step, which adds 1.9 per element. It never runs on
-sm_75, where its tensor cores are traps.
+sm_75, where its tensor cores are traps. The inner loop of ``column_gradient`` goes through the
+output channels, 64 bytes of them in a round.
 """
 
 import contextlib
@@ -50,6 +51,11 @@ def loads(file, kernel, macros):
     match file, kernel:
         case "fused_conv.cu", "fused_conv":
             return int(macros["CORNERS"])
+        case "fused_column_gradient.cu", "column_gradient":  # in each step of the output channels
+            return 64 / BYTES[macros["DTYPE"]] / int(macros["TILE_N"])
+        case "fused_weight_gradient.cu", "weight_gradient":
+            copied = int(macros["TILE_O"]) * BYTES[macros["DTYPE"]] / 256
+            return int(macros["CORNERS"]) + max(1, copied)
         case "fused_depthwise.cu", "depthwise":
             return int(macros["CORNERS"]) + 1  # the weights
         case ("deform_conv.cu", "im2col") | ("roi_align.cu", "maximum"):

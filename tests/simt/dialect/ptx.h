@@ -97,6 +97,8 @@ SIMT_RAW inline void split_tf32(u32 x, u32& high, u32& low) {
   low = simt_bits<u32>(simt_bits<float>(x) - simt_bits<float>(high));
 }
 
+SIMT_RAW inline u32 moved(u32 x) { return x; }
+
 // ---- ldmatrix
 template <int MATRICES, bool TRANSPOSED>
 SIMT_RAW void simt_ldmatrix(const void* const* in, void* const* out, unsigned) {
