@@ -201,6 +201,7 @@ def test_wrt_computes_only_what_it_names(xp):
         ({"stride": 2**31}, ValueError, "stride is 2147483648, expected at most 2147483647"),
         ({"bias": np.zeros(2)}, ValueError, r"bias has shape \(2,\), expected \(3,\)"),
         ({"padding": 2**31}, ValueError, "padding"),
+        ({"padding": 2**30}, ValueError, r"padding is \(1073741824, .*, expected a padded side"),
         ({"stride": (1, 0)}, ValueError, r"stride is \(1, 0\)"),
         ({"dilation": True}, TypeError, "dilation is True, expected an int"),
     ],
