@@ -360,14 +360,28 @@ def test_the_image_of_the_next_pixel_is_not_touched(order):
     assert_array_equal(deform_conv2d(**given, **keywords).get(), want)
 
 
+def inner_case(dtype, channels, taps):
+    """A case of 8 x 8 positions whose corners are all pixels, up to the last one."""
+    arrays, keywords = random_case(
+        dtype, c=channels, h=8, w=7 + taps, o=8, kernel=(1, taps), padding=0
+    )
+    y, x = np.indices((8, 8))
+    arrays["offset"][:, 0::2] = np.where(y < 7, 0.5, -0.5)
+    arrays["offset"][:, 1::2] = np.where(x < 7, 0.5, taps - 1.5) - np.arange(taps)[:, None, None]
+    return arrays, keywords
+
+
 @pytest.mark.parametrize("channels", [4, 7, 12, 30, 40, 64])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_loads_that_check_nothing_stay_within_the_image(channels, dtype, order):
     """All corners are pixels, the last one too; channels end within a load, a unit or a step."""
-    arrays, keywords = random_case(dtype, c=channels, h=8, w=11, o=8, kernel=(1, 4), padding=0)
-    y, x = np.indices((8, 8))
-    arrays["offset"][:, 0::2] = np.where(y < 7, 0.5, -0.5)
-    arrays["offset"][:, 1::2] = np.where(x < 7, 0.5, 2.5) - np.arange(4)[:, None, None]
+    check(deform_conv2d, *inner_case(dtype, channels, taps=4))
+
+
+def test_parts_that_begin_within_a_plan_know_what_lies_inside(order, monkeypatch):
+    monkeypatch.setattr(_fused, "_resources", lambda device: (300, 228 << 10))
+    arrays, keywords = inner_case(np.float32, 96, taps=7)
+    arrays["offset"][:, 2::6] = 50  # every third tap is outside
     check(deform_conv2d, arrays, keywords)
 
 

@@ -253,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
   // a thread plans one position (and multiplies four, of its own warp)
   const int position = first_position + thread;
-  outputs[thread] = output_pixel(g, min(position, positions - 1));
+  outputs[thread] = output_pixel(g, position);
   if (position >= positions) outputs[thread].image = -1;
 
   for (bool corrected = true;; corrected = false) {
