@@ -69,6 +69,7 @@ EXPRESSIONS = {
     "t / 7 * 100 + t % 7": LANES // 7 * 100 + LANES % 7,
     "__float_as_int(__int_as_float(t << 24))": LANES << 24,
     "int(__float_as_uint(__uint_as_float(t + 3u)))": LANES + 3,
+    "int(moved(t + 3u))": LANES + 3,
     "int(2 * __longlong_as_double(__double_as_longlong(t * .5)))": LANES,
     # conversions
     "__float2int_rd(t - 3.5f)": LANES - 4,
