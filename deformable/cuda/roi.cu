@@ -7,7 +7,7 @@ static_assert(sizeof(Reach) == 4 * sizeof(int), "REACH in _roi.py");
 // A block makes the runs of a RoI, a thread one after the other, and finds how far the RoI reaches.
 // Then it fills the table, a thread by one pixel after the other. A run is 88 bytes and TILE weights.
 // rois (K, 5), offset (K, 2 classes, part_h, part_w); runs as in roi.cuh.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 1)
     plan(const double* __restrict__ rois, const double* __restrict__ offset,
          Run* __restrict__ runs, A* __restrict__ table, int* __restrict__ images,
          Reach* __restrict__ reaches, const RoIGeometry g, const Rule rule) {
