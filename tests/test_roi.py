@@ -162,6 +162,25 @@ def test_kernels_go_through_many_rois_and_tiles_of_pixels(name, offsets, xp):
             assert_equal_up_to(1e-12, host(xp, grad), want[key])
 
 
+@pytest.mark.parametrize("depth", [34, 70])
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_share_channels_among_whole_warps(name, depth, xp):
+    """32 lanes, some without channels, and lanes that take a second turn."""
+    if xp is np:
+        pytest.skip("is what kernels are compared with")
+    rng = np.random.default_rng(21)
+    arrays, keywords = random_case(
+        name, rng, n=1, k=4, depth=depth, classes=1, height=7, width=6, output_size=(2, 2),
+        part=(2, 2), mask=True,
+    )  # fmt: skip
+    y = functions(name)[0](**arrays, **keywords)
+    assert_equal_up_to(1e-13, host(xp, functions(name)[0](**on(xp, arrays), **keywords)), y)
+    want = gradients(name, y, arrays, keywords)
+    for key, grad in gradients(name, xp.asarray(y), on(xp, arrays), keywords).items():
+        if grad is not None:
+            assert_equal_up_to(1e-12, host(xp, grad), want[key])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_ten_runs_are_bitwise_equal(name, xp):
     rng = np.random.default_rng(1)
