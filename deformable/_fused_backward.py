@@ -96,14 +96,11 @@ def weight_variant(
     unit = _fused.UNIT_BYTES // itemsize
     run_units = -(-run // unit)
     samples = g.channels // g.groups // run * g.taps
-    # of a tile of columns; it begins with a sample where a power of two of units is one
-    if run_units % UNITS == 0 or UNITS % run_units == 0:
-        plans = max(1, UNITS // run_units)
-    else:
-        plans = (UNITS + run_units - 2) // run_units + 1
+    aligned = run_units % UNITS == 0 or UNITS % run_units == 0  # tiles begin where samples do
+    plans = -(-UNITS // run_units) if aligned else (UNITS + run_units - 2) // run_units + 1
     planned = max(1, PLANS // (plans * STAGE)) * STAGE
 
-    # three terms need the registers of the widest tile for their own sums
+    # three terms need the registers of wider tiles for their own sums
     tiles_o = -(-outs // _fused.WIDTHS[-1 if terms == 1 else -2])
     tile_o = next(width for width in _fused.WIDTHS if width * tiles_o >= outs)
     tile_c = UNITS * unit
@@ -111,9 +108,8 @@ def weight_variant(
     tiles = g.groups * tiles_o * tiles_c
     positions = g.batch * g.positions
     tile_bytes = 4 * tile_o * tile_c
-    parts = min(positions // (LEAST_STAGES * STAGE), 2 * processors // tiles, limit // tile_bytes)
-    stages = -(-positions // (max(1, parts) * STAGE))
-    split = max(1, stages) * STAGE
+    most = min(positions // (LEAST_STAGES * STAGE), 2 * processors // tiles, limit // tile_bytes)
+    split = max(1, -(-positions // (max(1, most) * STAGE))) * STAGE
     parts = -(-positions // split)
     rows = STAGE * itemsize * ((tile_o + 8) + (tile_c + 8))
     return WeightVariant(
