@@ -279,10 +279,16 @@ def pack_weight(
 
 def unpack_weight(packed: Array, g: ConvGeometry, dtype: np.dtype) -> Array:
     """The inverse of :func:`pack_weight`."""
-    by_tap = packed.reshape(g.out_channels, g.taps, g.channels // g.groups).transpose(0, 2, 1)
-    return by_tap.astype(dtype, order="C").reshape(
-        g.out_channels, g.channels // g.groups, g.kernel_h, g.kernel_w
+    return (
+        unpacked(packed, g)
+        .astype(dtype, order="C")
+        .reshape(g.out_channels, g.channels // g.groups, g.kernel_h, g.kernel_w)
     )
+
+
+def unpacked(packed: Array, g: ConvGeometry) -> Array:
+    """Packed weights of some taps as (output channels, channels // groups, taps): a view."""
+    return packed.reshape(g.out_channels, -1, g.channels // g.groups).transpose(0, 2, 1)
 
 
 def by_group(rows: Array, g: ConvGeometry) -> Array:

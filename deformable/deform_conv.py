@@ -49,6 +49,7 @@ from deformable.conv import (
     pack_weight,
     tap_slices,
     unpack_weight,
+    unpacked,
 )
 
 SAMPLES = 64  # planned together by a block of threads
@@ -310,14 +311,13 @@ def _numpy_backward(g, grad_y, x, offset, weight, mask, wanted):
     image = bordered(x, dtype)
     samples_of = _sampler(g, offset, mask, dtype)
     grad_image: Array = np.zeros_like(image) if "x" in wanted else None
-    depth = g.channels // g.groups
-    grad_packed = np.zeros((g.groups, g.out_channels // g.groups, g.taps * depth), dtype)
+    grad_weight = np.empty((g.out_channels, g.channels // g.groups, g.taps), x.dtype)
     per_position = (g.batch * g.positions, g.offset_groups, g.taps)
     grad_offset = np.empty((*per_position, 2), dtype)
     grad_mask = np.empty(per_position, dtype)
     for taps, some in _blocks(g, dtype) if wanted - {"bias"} else ():
         packed = pack_weight(weight, g, dtype, taps)
-        grad_taps = grad_packed[..., taps.start * depth : taps.stop * depth]
+        grad_packed = np.zeros_like(packed)
         for images, lines, positions in some:
             samples, scale = samples_of(images, lines, taps)
             seen = samples.seen(_pixels(image, images, g))
@@ -326,7 +326,7 @@ def _numpy_backward(g, grad_y, x, offset, weight, mask, wanted):
             columns = (matrix @ seen).reshape(len(rows), -1)
             grad_out, columns = by_group(rows, g), columns_by_group(columns, g)
             if "weight" in wanted:
-                grad_taps += grad_out.mT @ columns
+                grad_packed += grad_out.mT @ columns
             if wanted & {"x", "offset", "mask"}:
                 grad_columns = np.matmul(grad_out, packed, out=columns)  # read, their room is free
                 grad_samples = columns_from_groups(grad_columns, g).reshape(-1, seen.shape[1])
@@ -341,8 +341,9 @@ def _numpy_backward(g, grad_y, x, offset, weight, mask, wanted):
                 grad_offset[positions, :, taps, 0] = along_y
                 grad_offset[positions, :, taps, 1] = along_x
                 grad_mask[positions, :, taps] = along_mask
+        grad_weight[..., taps] = unpacked(grad_packed, g)
     inside = without_border(grad_image) if "x" in wanted else None
-    grad_weight = unpack_weight(grad_packed, g, x.dtype)
+    grad_weight = grad_weight.reshape(weight.shape)
     return _gradients(g, x, offset, mask, wanted, inside, grad_offset, grad_weight, grad, grad_mask)
 
 
