@@ -38,7 +38,7 @@ __device__ __forceinline__ A hat(A distance) { return max(static_cast<A>(0), 1 -
 // A block gathers the gradient of a tile of pixels, a thread that of COLUMNS of them, from the bins
 // whose winner lies within a pixel of them. It reads the winner's row for every row of pixels that
 // the bin sees, the rest only where that row is near. Every pixel is written once.
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, sizeof(A) == 8 ? 1 : 2)
     winner_gradient(const T* __restrict__ grad_y, const A* __restrict__ winner_y,
                     const A* __restrict__ winner_x, const Run* __restrict__ runs,
                     const int* __restrict__ order, const int* __restrict__ starts,
