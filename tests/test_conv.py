@@ -104,8 +104,11 @@ def test_result_has_the_dtype_of_x_and_sums_in_float32(dtype, xp):
 
 
 @pytest.mark.parametrize(("dtype", "channels"), [("float16", 264), ("float32", 132)])
-def test_lanes_take_a_second_turn_where_channels_are_many(dtype, channels, xp):
+@pytest.mark.parametrize("fused", [False, True])
+def test_lanes_take_a_second_turn_where_channels_are_many(fused, dtype, channels, xp, monkeypatch):
     """32 lanes of 16 bytes reach all channels but the last ones. Small integers add up exactly."""
+    if not fused:
+        monkeypatch.setattr(_fused, "covers", lambda g, x: False)
     rng = np.random.default_rng(6)
     small = lambda *shape: rng.integers(-2, 3, shape).astype(dtype)  # noqa: E731
     arrays = {"x": small(2, channels, 3, 2), "weight": small(2, channels, 2, 1)}

@@ -411,8 +411,11 @@ def test_results_do_not_depend_on_the_size_of_blocks(limit, xp, monkeypatch):
 
 @pytest.mark.parametrize("og", [1, 2])
 @pytest.mark.parametrize(("dtype", "depth"), [("float16", 264), ("float32", 132)])
-def test_lanes_take_a_second_turn_where_channels_are_many(dtype, depth, og, xp):
+@pytest.mark.parametrize("fused", [False, True])
+def test_lanes_take_a_second_turn_where_channels_are_many(fused, dtype, depth, og, xp, monkeypatch):
     """32 lanes of 16 bytes reach all channels but the last ones. Small fractions add up exactly."""
+    if not fused:
+        monkeypatch.setattr(_fused, "covers", lambda g, x: False)
     rng = np.random.default_rng(15)
     some = lambda *shape: rng.integers(-2, 3, shape).astype(dtype)  # noqa: E731
     arrays = {
