@@ -46,12 +46,12 @@ def xp(request):
 
 
 @contextlib.contextmanager
-def kernels(order):
+def kernels(order, seed=0):
     """Kernels run, in this order of blocks and threads where they are simulated."""
     if HAVE_GPU:
         yield
     elif build.available():
-        with configure(order=order):
+        with configure(order=order, seed=seed):
             yield
     else:
         pytest.skip("no GPU, and no g++ to simulate one")
