@@ -6,7 +6,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from deformable import nn
 from deformable.testing import check_layer, error_bound
-from tests.examples import example
+from tests.examples import check_resumed, example
 
 SMALL = ["--scenes", "24", "--steps", "6"]
 
@@ -39,33 +39,9 @@ def test_it_does_what_it_claims(detect_scenes, tmp_path, capsys):
 def test_a_resumed_run_ends_as_if_never_stopped(
     killed_at, often_saved, tmp_path, capsys, monkeypatch
 ):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
     run = [*SMALL, "--heads", "deformable RoI", "deformable PS-RoI vote", "--out"]
-    often_saved.main([*run, str(whole)])
-    expected = capsys.readouterr().out.replace(str(whole), str(parts))
-
-    step = nn.Optimizer.step
-    steps = iter(range(killed_at))
-
-    def killed(optimizer):
-        if next(steps, None) is None:
-            raise KeyboardInterrupt
-        step(optimizer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(nn.Optimizer, "step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            often_saved.main([*run, str(parts)])
-    capsys.readouterr()
-    often_saved.main([*run, str(parts), "--resume"])
-    assert capsys.readouterr().out == expected
-
-    assert len(list(whole.glob("*.npz"))) == 2
-    for path in whole.glob("*.npz"):
-        with np.load(path) as want, np.load(parts / path.name) as have:
-            assert have.files == want.files
-            for name in want.files:
-                assert_array_equal(have[name], want[name])
+    saved = check_resumed(often_saved, run, killed_at, tmp_path, capsys, monkeypatch)
+    assert len(saved) == 2
 
 
 def test_another_offset_lr_trains_the_deformable_heads_only(often_saved, tmp_path, monkeypatch):

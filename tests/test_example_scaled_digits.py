@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from deformable import nn
-from tests.examples import example
+from tests.examples import assert_same_checkpoints, check_resumed, example
 
 
 @pytest.fixture
@@ -50,35 +50,8 @@ def test_it_does_what_it_claims(options, scaled_digits, tmp_path, capsys):
 def test_a_resumed_run_ends_as_if_never_stopped(
     options, killed_at, few_digits, tmp_path, capsys, monkeypatch
 ):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
     run = ["--epochs", "3", *options, "--out"]
-    few_digits.main([*run, str(whole)])
-    expected = capsys.readouterr().out.replace(str(whole), str(parts))
-
-    step = nn.Optimizer.step
-    steps = iter(range(killed_at))
-
-    def killed(optimizer):
-        if next(steps, None) is None:
-            raise KeyboardInterrupt
-        step(optimizer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(nn.Optimizer, "step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            few_digits.main([*run, str(parts)])
-    capsys.readouterr()
-    few_digits.main([*run, str(parts), "--resume"])
-    assert capsys.readouterr().out == expected
-    assert_same_checkpoints(whole, parts)
-
-
-def assert_same_checkpoints(whole, parts):
-    for path in whole.glob("*.npz"):
-        with np.load(path) as want, np.load(parts / path.name) as have:
-            assert have.files == want.files
-            for name in want.files:
-                assert_array_equal(have[name], want[name])
+    check_resumed(few_digits, run, killed_at, tmp_path, capsys, monkeypatch)
 
 
 KILLED = """

@@ -9,7 +9,7 @@ from numpy.testing import assert_array_equal
 from deformable import nn
 from deformable.testing import check_layer
 from tests.arrays import host
-from tests.examples import example
+from tests.examples import check_resumed, example
 
 
 @pytest.fixture
@@ -41,29 +41,7 @@ def test_it_does_what_it_claims(script, tmp_path, capsys):
 
 @pytest.mark.parametrize("killed_at", [0, 3, 4, 6])
 def test_a_resumed_run_ends_as_if_never_stopped(killed_at, small, tmp_path, capsys, monkeypatch):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    small.main([*RUN, str(whole)])
-    expected = capsys.readouterr().out.replace(str(whole), str(parts))
-
-    step, steps = nn.Optimizer.step, iter(range(killed_at))
-
-    def killed(optimizer):
-        if next(steps, None) is None:
-            raise KeyboardInterrupt
-        step(optimizer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(nn.Optimizer, "step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            small.main([*RUN, str(parts)])
-    capsys.readouterr()
-    small.main([*RUN, str(parts), "--resume"])
-    assert capsys.readouterr().out == expected
-    for path in whole.glob("*.npz"):
-        with np.load(path) as want, np.load(parts / path.name) as have:
-            assert have.files == want.files
-            for name in want.files:
-                assert_array_equal(have[name], want[name])
+    check_resumed(small, RUN, killed_at, tmp_path, capsys, monkeypatch)
 
 
 def test_it_runs_on_a_gpu(small, tmp_path, xp, capsys):
