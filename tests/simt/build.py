@@ -18,10 +18,10 @@ CACHE = pathlib.Path(
 OLDEST_GCC = 12  # has _Float16 in C++
 
 COMMON = ("-std=c++17", "-fPIC", "-fno-exceptions", "-fno-rtti", "-Wall", "-Wno-sign-compare")
-RUNTIME = (*COMMON, "-O2", "-fvisibility=default")
+RUNTIME = (*COMMON, "-O3", "-fvisibility=default", "-fno-semantic-interposition")
 KERNEL = (
     *COMMON,
-    *("-O1", "-gdwarf-4", "-ffp-contract=off", "-fno-strict-aliasing"),
+    *("-O1", "-gdwarf-4", "-g1", "-ffp-contract=off", "-fno-strict-aliasing"),
     # every variable of a kernel library is its own, not shared with those of equal names elsewhere
     *("-fvisibility=hidden", "-fno-gnu-unique", "-fno-threadsafe-statics"),
     # the compiler announces accesses, doubtful operations and basic blocks: see runtime/hooks.h
