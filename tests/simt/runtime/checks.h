@@ -6,22 +6,22 @@
 
 namespace simt {
 
-bool happened_before(const Stamp& stamp) {
-  if (!stamp.block) return true;
-  if (stamp.block != m.block_index + 1) return false;
+bool happened_before(const Stamp& stamp, const Region& region) {
+  if (stamp.block <= m.blocks_before) return true;
+  if (stamp.block != m.block) return region.shared;
   if (stamp.thread == m.current || stamp.epoch < m.epoch) return true;
   return stamp.thread / WARP == m.current / WARP &&
          stamp.clock <= m.thread().clocks[stamp.thread % WARP];
 }
 void check_race(const Region& region, const char* p, const Stamp& earlier, Access now,
                 const char* then, const void* address) {
-  if (happened_before(earlier) || (now == ATOMIC && earlier.atomic)) return;
-  fail(address, "race on %s at byte %td: %s here, %s by thread %d of block %d", region.name,
+  if (happened_before(earlier, region) || (now == ATOMIC && earlier.atomic)) return;
+  fail(address, "race on %s at byte %td: %s here, %s by thread %d of block %zu", region.name,
        p - region.base, ACCESS[now], earlier.atomic ? "atomic" : then, earlier.thread,
-       earlier.block - 1);
+       m.launch->first_block + earlier.block - m.blocks_before - 1);
 }
 void check_races(Region& region, const char* p, size_t size, Access access, const void* address) {
-  const Stamp me = {m.block_index + 1, short(m.current), short(access == ATOMIC), m.epoch,
+  const Stamp me = {m.block, short(m.current), short(access == ATOMIC), m.epoch,
                     m.thread().clocks[m.current % WARP]};
   const size_t first = (p - region.base) / region.grain,
                last = (p + size - 1 - region.base) / region.grain;

@@ -82,7 +82,8 @@ struct Machine {
   std::vector<Warp> warps;
   std::mt19937 random;
   int thread_count, current, living, at_barrier;
-  int block_index;
+  unsigned block;          // the one that runs, as in a Stamp
+  unsigned blocks_before;  // of earlier launches
   unsigned epoch;  // barriers that this block has passed, plus one
   size_t steps_left, steps_at_last_wake;
   bool running;  // false outside launches: then nothing is checked

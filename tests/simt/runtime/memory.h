@@ -18,7 +18,7 @@ using std::size_t;
 // has told the later thread of the earlier one's `clock` (each lane keeps a clock for every lane of
 // its warp). Nothing orders the threads of different blocks.
 struct Stamp {
-  int block;  // one more than the block's index; 0: nobody yet
+  unsigned block;  // blocks are counted over all launches, from 1
   short thread;
   short atomic;
   unsigned epoch, clock;
@@ -37,46 +37,64 @@ struct Region {
   const char* name;
   int grain;  // bytes per cell of the history
   bool writable;
-  bool shared;    // shared memory: poisoned, its history forgotten, before every block
+  bool shared;    // shared memory: poisoned before every block, which sees its own accesses alone
   bool internal;  // the kernel library's own constants: not named in messages, no history
   Cell* history;
 
   bool contains(const char* p) const { return p >= base && p < base + size; }
   size_t cells() const { return size / grain + 1; }
+};
 
-  void open_history() {
-    void* memory = mmap(nullptr, cells() * sizeof(Cell), PROT_READ | PROT_WRITE,
+// Memory for the histories of a launch. It is used again without being cleared: stamps with a block
+// of an earlier launch count for nothing.
+class Histories {
+ public:
+  void open(Region& region) {
+    const size_t cells = region.cells();
+    const bool fits = kept_ && cells <= MOST_CELLS - used_;
+    region.history = fits ? kept_ + used_ : map(cells);
+    if (fits) used_ += cells;
+  }
+  void close(Region& region) {
+    if (region.history && !keeps(region.history))
+      munmap(static_cast<void*>(region.history), region.cells() * sizeof(Cell));
+    region.history = nullptr;
+  }
+  void reuse() { used_ = 0; }
+  void forget() { madvise(static_cast<void*>(kept_), MOST_CELLS * sizeof(Cell), MADV_DONTNEED); }
+
+ private:
+  static constexpr size_t MOST_CELLS = (256 << 20) / sizeof(Cell);
+
+  static Cell* map(size_t cells) {
+    void* memory = mmap(nullptr, cells * sizeof(Cell), PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    history = memory == MAP_FAILED ? nullptr : static_cast<Cell*>(memory);
+    return memory == MAP_FAILED ? nullptr : static_cast<Cell*>(memory);
   }
-  void clear_history() {
-    if (history) memset(static_cast<void*>(history), 0, cells() * sizeof(Cell));
-  }
-  void close_history() {
-    if (history) munmap(history, cells() * sizeof(Cell));
-    history = nullptr;
-  }
+  bool keeps(const Cell* cell) const { return cell >= kept_ && cell < kept_ + MOST_CELLS; }
+
+  Cell* const kept_ = map(MOST_CELLS);
+  size_t used_ = 0;
 };
 
 class Memory {
  public:
   void clear() {
-    for (Region& region : regions_) region.close_history();
+    for (Region& region : regions_) histories_.close(region);
+    histories_.reuse();
     regions_.clear();
     last_ = 0;
   }
   void add(const Region& region) { regions_.push_back(region); }
   void open_histories() {
     for (Region& region : regions_)
-      if (!region.internal) region.open_history();
+      if (!region.internal) histories_.open(region);
   }
+  void forget_histories() { histories_.forget(); }
   // A block sees none of the shared memory of the one before: floats become NaN, integers -1.
   void begin_block() {
-    for (Region& region : regions_) {
-      if (!region.shared) continue;
-      memset(region.base, 0xff, region.size);
-      region.clear_history();
-    }
+    for (Region& region : regions_)
+      if (region.shared) memset(region.base, 0xff, region.size);
   }
   Region* find(const char* p) {
     if (last_ < regions_.size() && regions_[last_].contains(p)) return &regions_[last_];
@@ -103,6 +121,7 @@ class Memory {
 
  private:
   std::vector<Region> regions_;
+  Histories histories_;
   size_t last_ = 0;  // where the previous access was: the next is likely there too
 };
 

@@ -1,6 +1,7 @@
 // Runs the threads of a block in turns, each until it waits for others: barriers and collectives.
 #pragma once
 #include <algorithm>
+#include <climits>
 
 #include "machine.h"
 
@@ -92,9 +93,9 @@ void run_thread() {
   }
 }
 
-void begin_block(int block_index) {
-  m.block_index = block_index;
-  const unsigned i = block_index;
+void begin_block(size_t index) {
+  m.block = m.blocks_before + unsigned(index - m.launch->first_block) + 1;
+  const unsigned i = index;
   blockIdx = {i % gridDim.x, i / gridDim.x % gridDim.y, i / gridDim.x / gridDim.y};
   m.memory.begin_block();
   m.living = m.thread_count;
@@ -165,8 +166,8 @@ void report_deadlock() {
          m.thread_count - m.living);
 }
 
-void run_block(int block_index, std::vector<int>& order) {
-  begin_block(block_index);
+void run_block(size_t index, std::vector<int>& order) {
+  begin_block(index);
   while (m.living && !m.failed) {
     const bool progress = run_ready_threads(order);
     if (m.failed) return;
@@ -182,12 +183,17 @@ void run_blocks(const Launch& launch) {
 
   const size_t total = size_t(gridDim.x) * gridDim.y * gridDim.z;
   const size_t first = launch.first_block, count = total - first;
+  if (count > UINT_MAX - m.blocks_before) {
+    m.memory.forget_histories();
+    m.blocks_before = 0;
+  }
   std::vector<size_t> blocks(count);
   for (size_t b = 0; b < count; ++b)
     blocks[b] = first + (launch.order == REVERSED ? count - 1 - b : b);
   if (launch.order == RANDOM) std::shuffle(blocks.begin(), blocks.end(), m.random);
 
-  for (size_t b = 0; b < count && !m.failed; ++b) run_block(int(blocks[b]), order);
+  for (size_t b = 0; b < count && !m.failed; ++b) run_block(blocks[b], order);
+  m.blocks_before += count;
 }
 
 }  // namespace simt
