@@ -11,7 +11,7 @@ that is 128 KiB per multiprocessor.
 
 import functools
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -82,10 +82,10 @@ class Variant(NamedTuple):
 
 def covers(g: "ConvGeometry", x: Array) -> bool:
     """Whether these kernels compute this convolution on the device of ``x``."""
-    rows = g.batch * g.height * g.width * (g.channels // _run(g))
+    rows = g.batch * g.height * g.width * (g.channels // run_length(g))
     if max(rows, g.batch * g.positions) > INT32_MAX - 128:  # they count by int, up to a tile's end
         return False
-    if _is_depthwise(g):
+    if is_depthwise(g):
         blocks = max(g.offset_groups, g.out_channels // g.channels)
         return blocks <= GRID_MAX and g.taps * _plan_bytes(4, x.dtype) <= DEPTHWISE_PLAN
     return (
@@ -105,26 +105,36 @@ def convolve(
 ) -> Array:
     """The output rows (N · Ho · Wo, O): of a deformable convolution if there is an ``offset``."""
     xp, dtype = array_module(x), x.dtype
-    run = _depthwise if _is_depthwise(g) else _product
+    run = _depthwise if is_depthwise(g) else _product
     bias = None if bias is None else xp.ascontiguousarray(bias)
     y = xp.empty((g.batch * g.positions, g.out_channels), dtype)
-    macros = {
+    run(g, channels_last(x, dtype), weight, bias, offset, mask, y)
+    return y
+
+
+def macros(image: Array, offset: Array | None, mask: Array | None) -> dict[str, Any]:
+    """What every one of these kernels is compiled for; there may be no ``offset``, no ``mask``."""
+    dtype = image.dtype
+    return {
         "DTYPE": dtype,
         "INDEX": "int",
         "CORNERS": 1 if offset is None else 4,
         "OFFSET": dtype if offset is None else offset.dtype,
         "MASK": dtype if mask is None else mask.dtype,
     }
-    run(g, channels_last(x, dtype), weight, bias, offset, mask, y, macros)
-    return y
 
 
-def _run(g: "ConvGeometry") -> int:
+def terms(dtype: np.dtype) -> int:
+    """Products on tensor cores that make one of this dtype: 3 of TF32 are one of float32."""
+    return 3 if dtype == np.float32 and not _cuda.allows_tf32() else 1
+
+
+def run_length(g: "ConvGeometry") -> int:
     """Consecutive channels that share their samples and lie in one group of weights."""
     return math.gcd(g.channels // g.groups, g.channels // g.offset_groups)
 
 
-def _is_depthwise(g: "ConvGeometry") -> bool:
+def is_depthwise(g: "ConvGeometry") -> bool:
     return g.groups == g.channels > 1
 
 
@@ -134,7 +144,7 @@ def _plan_bytes(corners: int, dtype: np.dtype) -> int:
     return -(-corners * (4 + weight) // weight) * weight
 
 
-def _strides(array: Array | None) -> Strides:
+def strides(array: Array | None) -> Strides:
     return _steps(array.strides, array.itemsize) if array is not None else _steps((0,) * 4, 1)
 
 
@@ -147,7 +157,7 @@ def _steps(strides: tuple[int, ...], itemsize: int) -> Strides:
 
 
 @functools.cache
-def _resources(device: int) -> tuple[int, int]:
+def resources(device: int) -> tuple[int, int]:
     """Multiprocessors of a device, and bytes of shared memory of each."""
     from cupy.cuda import Device
 
@@ -163,7 +173,7 @@ def variant(
 
     ``terms`` is 3 for float32 as three products of TF32, else 1.
     """
-    depth, outs, run = g.channels // g.groups, g.out_channels // g.groups, _run(g)
+    depth, outs, run = g.channels // g.groups, g.out_channels // g.groups, run_length(g)
     unit = UNIT_BYTES // itemsize
     lanes = next(n for n in (1, 2, 4) if n * unit >= run or n == STEP_UNITS)
     samples = STEP_UNITS // lanes
@@ -207,18 +217,19 @@ def variant(
     )  # fmt: skip
 
 
-def _product(g, image, weight, bias, offset, mask, y, macros):
+def _product(g, image, weight, bias, offset, mask, y):
     xp, dtype = array_module(image), image.dtype
-    terms = 3 if dtype == np.float32 and not _cuda.allows_tf32() else 1
-    v = variant(g, dtype.itemsize, terms, macros["CORNERS"], *_resources(image.device.id))
+    defines = macros(image, offset, mask) | {"TERMS": terms(dtype)}
+    v = variant(
+        g, dtype.itemsize, defines["TERMS"], defines["CORNERS"], *resources(image.device.id)
+    )
     l, parts = v.layout, v.grid[2]  # noqa: E741
     sums = y if parts == 1 else xp.empty((parts, *y.shape), np.float32)
     units = v.grid[1] * l.steps * v.stage
     # the step after the last one is fetched too, though never used
     packed = xp.empty((units + v.stage, UNIT_BYTES // 4), np.uint32)
     samples = xp.empty((g.groups * l.slots * l.samples, 4), np.int32)
-    macros = macros | {
-        "TERMS": terms,
+    defines |= {
         "TILE_N": v.tile_n,
         "WARPS": v.warps,
         "VEC": _cuda.vector_width(l.run, image),
@@ -226,36 +237,37 @@ def _product(g, image, weight, bias, offset, mask, y, macros):
     }
     _cuda.launch(
         "fused_conv.cu", "pack_weights", (-(-units // 256),), (256,),
-        weight, _strides(weight), packed, samples, g, l, units,
-        **macros,
+        weight, strides(weight), packed, samples, g, l, units,
+        **defines,
     )  # fmt: skip
     _cuda.launch(
         "fused_conv.cu", "fused_conv", v.grid, (32, v.warps),
         image, offset, mask, packed, samples, bias if parts == 1 else None, sums,
-        g, l, _strides(offset), _strides(mask),
-        shared=v.shared, **macros,
+        g, l, strides(offset), strides(mask),
+        shared=v.shared, **defines,
     )  # fmt: skip
     if parts > 1:
         _cuda.launch(
             "fused_conv.cu", "add_parts", (-(-y.size // 256),), (256,),
             sums, bias, y, y.size, g.out_channels, parts,
-            **macros,
+            **defines,
         )  # fmt: skip
 
 
 # ---- one channel per group
 
 
-def _depthwise(g, image, weight, bias, offset, mask, y, macros):
+def _depthwise(g, image, weight, bias, offset, mask, y):
     outs, depth = g.out_channels // g.channels, g.channels // g.offset_groups
     by_tap = weight.reshape(g.channels, outs, g.taps).transpose(1, 2, 0)
     by_tap = array_module(image).ascontiguousarray(by_tap)
-    sample = _plan_bytes(macros["CORNERS"], image.dtype)
+    defines = macros(image, offset, mask)
+    sample = _plan_bytes(defines["CORNERS"], image.dtype)
     tile = max(1, min(64, DEPTHWISE_PLAN // (g.taps * sample)))
     vec = _cuda.vector_width(depth, image)
     _cuda.launch(
         "fused_depthwise.cu", "depthwise",
         (-(-len(y) // tile), outs, g.offset_groups), _cuda.row_block(depth // vec),
-        image, offset, mask, by_tap, bias, y, g, _strides(offset), _strides(mask),
-        shared=tile * g.taps * sample, VEC=vec, TILE_M=tile, **macros,
+        image, offset, mask, by_tap, bias, y, g, strides(offset), strides(mask),
+        shared=tile * g.taps * sample, VEC=vec, TILE_M=tile, **defines,
     )  # fmt: skip

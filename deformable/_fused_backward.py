@@ -6,7 +6,7 @@ convolution is cut into pieces for them, as ``_fused.py`` does for the forward.
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -81,7 +81,7 @@ class ColumnVariant(NamedTuple):
 def covers(g: "ConvGeometry", x: Array) -> bool:
     """Whether these kernels compute the gradients of this convolution on the device of ``x``."""
     grid = g.offset_groups <= _fused.GRID_MAX
-    return grid and not _fused._is_depthwise(g) and _fused.covers(g, x)
+    return grid and not _fused.is_depthwise(g) and _fused.covers(g, x)
 
 
 @functools.lru_cache(maxsize=CALLS)
@@ -92,7 +92,7 @@ def weight_variant(
 
     Not more than ``limit`` bytes of partial sums are alive.
     """
-    outs, run = g.out_channels // g.groups, _fused._run(g)
+    outs, run = g.out_channels // g.groups, _fused.run_length(g)
     unit = _fused.UNIT_BYTES // itemsize
     run_units = -(-run // unit)
     samples = g.channels // g.groups // run * g.taps
@@ -140,8 +140,8 @@ def weight_gradient(
     ``image`` is (N, H, W, C); the convolution is deformable if there is an ``offset``.
     """
     xp = array_module(image)
-    macros = _macros(image, offset, mask)
-    processors, _ = _fused._resources(image.device.id)
+    macros = _fused.macros(image, offset, mask) | {"TERMS": _fused.terms(image.dtype)}
+    processors, _ = _fused.resources(image.device.id)
     v = weight_variant(
         g, image.itemsize, macros["TERMS"], macros["CORNERS"], processors, WORKSPACE_BYTES
     )
@@ -158,7 +158,7 @@ def weight_gradient(
         _cuda.launch(
             "fused_weight_gradient.cu", "weight_gradient", (tiles, v.parts), (256,),
             grad_y, image, offset, mask, parts, g, v.layout,
-            _fused._strides(offset), _fused._strides(mask), first,
+            _fused.strides(offset), _fused.strides(mask), first,
             shared=v.shared, **macros,
         )  # fmt: skip
         _cuda.launch(
@@ -174,7 +174,7 @@ def column_variant(
     g: "ConvGeometry", itemsize: int, terms: int, processors: int, count: int
 ) -> ColumnVariant:
     """How to compute the gradients of ``count`` positions on a GPU of so many processors."""
-    outs, run = g.out_channels // g.groups, _fused._run(g)
+    outs, run = g.out_channels // g.groups, _fused.run_length(g)
     unit = _fused.UNIT_BYTES // itemsize
     run_units = -(-run // unit)
     tile_n = 32 if 4 * run_units * unit <= 32 else 64  # narrow where 4 samples fit into it
@@ -220,11 +220,12 @@ def column_gradients(
     ``image`` is (N, H, W, C), ``grad_y`` the gradient of the output rows (N · Ho · Wo, O).
     """
     xp = array_module(image)
-    macros = _macros(image, offset, mask) | {
-        "VEC": _cuda.vector_width(_fused._run(g), image),
+    macros = _fused.macros(image, offset, mask) | {
+        "TERMS": _fused.terms(image.dtype),
+        "VEC": _cuda.vector_width(_fused.run_length(g), image),
         "VEC_Y": _cuda.vector_width(g.out_channels // g.groups, grad_y),
     }
-    processors, _ = _fused._resources(image.device.id)
+    processors, _ = _fused.resources(image.device.id)
     cut = functools.partial(column_variant, g, image.itemsize, macros["TERMS"], processors)
     v = cut(0)
     macros["TILE_N"] = v.tile_n
@@ -233,7 +234,7 @@ def column_gradients(
     packed = xp.empty((units + v.stage, 4), np.uint32)
     _cuda.launch(
         "fused_column_gradient.cu", "pack_weights", (-(-units // 256),), (256,),
-        weight, _fused._strides(weight), packed, g, v.layout, units,
+        weight, _fused.strides(weight), packed, g, v.layout, units,
         **macros,
     )  # fmt: skip
 
@@ -242,21 +243,8 @@ def column_gradients(
         _cuda.launch(
             "fused_column_gradient.cu", "column_gradient", v.grid, (TILE_M,),
             grad_y, image, offset, mask, packed, grad_columns, grad_offset, grad_mask,
-            g, v.layout, _fused._strides(offset), _fused._strides(mask), first, count,
+            g, v.layout, _fused.strides(offset), _fused.strides(mask), first, count,
             shared=v.shared, **macros,
         )  # fmt: skip
 
     return compute
-
-
-def _macros(image: Array, offset: Array | None, mask: Array | None) -> dict[str, Any]:
-    dtype = image.dtype
-    strict = dtype == np.float32 and not _cuda.allows_tf32()
-    return {
-        "DTYPE": dtype,
-        "INDEX": "int",
-        "CORNERS": 1 if offset is None else 4,
-        "TERMS": 3 if strict else 1,
-        "OFFSET": dtype if offset is None else offset.dtype,
-        "MASK": dtype if mask is None else mask.dtype,
-    }

@@ -53,7 +53,8 @@ from deformable.conv import (
 )
 
 SAMPLES = 64  # planned together by a block of threads
-SAMPLE_BYTES = 64  # about: of finding a sample, and of its row of the sparse matrix or its lists
+LISTED_BYTES = 36  # of a sample on a GPU: its number in a list, and at most four double weights
+SAMPLE_BYTES = 64  # about: of finding a sample on the CPU, and of its row of the sparse matrix
 
 
 class DeformConv2dGradients(NamedTuple):
@@ -437,8 +438,8 @@ def _column_gradients(g, grad, image, offset, weight, mask, wanted):
 
 
 def _chunks(g, like):
-    """Ranges of positions whose columns and samples fit together."""
-    return chunks(g, g.channels * like.itemsize + g.offset_groups * SAMPLE_BYTES)
+    """Ranges of positions whose columns, and lists of samples with weights, fit together."""
+    return chunks(g, g.channels * like.itemsize + g.offset_groups * LISTED_BYTES)
 
 
 def _vector_width(g, *arrays):
@@ -473,7 +474,7 @@ def _image_gradient(g, offset, mask, grad_columns, grad_image, first, count):
     counts = xp.zeros(cells + 1, np.int32)
     lists = xp.empty(samples, np.int32)
     weights = xp.empty((samples, 4), grad_image.dtype)
-    places, masks = _fused._strides(offset), _fused._strides(mask)
+    places, masks = _fused.strides(offset), _fused.strides(mask)
     vec = _vector_width(g, grad_columns)
     launch = functools.partial(
         _cuda.launch, "image_gradient.cu",

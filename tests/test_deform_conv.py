@@ -493,7 +493,7 @@ def last_row(xp, height, width=2**15, count=256):
         "DTYPE": image.dtype, "INDEX": deformable.conv.index_type(g), "VEC": 1,
         "OFFSET": offset.dtype, "MASK": offset.dtype, "CORNERS": 4,
     }  # fmt: skip
-    strides = _fused._strides(offset.transpose(0, 3, 1, 2))
+    strides = _fused.strides(offset.transpose(0, 3, 1, 2))
 
     def launch(name, blocks, *args):
         _cuda.launch("image_gradient.cu", name, (blocks,), (256,), *args, **macros)
@@ -502,7 +502,7 @@ def last_row(xp, height, width=2**15, count=256):
     starts[-around:] = xp.cumsum(starts[-around:], dtype=np.int32)
     launch(
         "list_samples", 1,
-        offset, None, starts, lists, weights, g, strides, _fused._strides(None), 0, first, count,
+        offset, None, starts, lists, weights, g, strides, _fused.strides(None), 0, first, count,
     )  # fmt: skip
     with configure(last_blocks=-(-around // 256)):
         launch("sort_samples", -(-cells // 256), starts, lists, cells)

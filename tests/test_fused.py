@@ -179,7 +179,7 @@ def test_depthwise_convolution(name, dtype, operator, order, launched):
 @pytest.mark.parametrize("precision", ["float16", "float32"])
 def test_sums_may_be_split_among_blocks(processors, precision, order, launched, monkeypatch):
     """Few processors get tiles of 128 positions, many get parts of the sums."""
-    monkeypatch.setattr(_fused, "_resources", lambda device: (processors, 228 << 10))
+    monkeypatch.setattr(_fused, "resources", lambda device: (processors, 228 << 10))
     dtype, mode = PRECISIONS[precision]
     arrays, keywords = random_case(
         dtype, n=3, c=96, h=9, w=5, o=12, kernel=(1, 7), padding=(0, 3), offset_groups=2
@@ -193,7 +193,7 @@ def test_sums_may_be_split_among_blocks(processors, precision, order, launched, 
 @pytest.mark.parametrize("shared", [48, 64, 100])
 def test_plans_fit_into_the_shared_memory(shared, sizes, order, monkeypatch):
     """They are split: the last one has fewer slots, and a part of the sums may begin within one."""
-    monkeypatch.setattr(_fused, "_resources", lambda device: (4, shared << 10))
+    monkeypatch.setattr(_fused, "resources", lambda device: (4, shared << 10))
     check(deform_conv2d, *random_case(np.float16, o=10, **sizes))
 
 
@@ -239,7 +239,7 @@ def test_offsets_of_zero_change_nothing(precision, order):
 @pytest.mark.parametrize("processors", [4, 300])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_ten_runs_are_bitwise_equal(processors, precision, monkeypatch):
-    monkeypatch.setattr(_fused, "_resources", lambda device: (processors, 228 << 10))
+    monkeypatch.setattr(_fused, "resources", lambda device: (processors, 228 << 10))
     dtype, mode = PRECISIONS[precision]
     arrays, keywords = random_case(dtype, c=64, o=12)
     arrays = on(cupy, arrays)
@@ -256,7 +256,7 @@ def test_float32_is_not_rounded_to_tf32(sign, order, monkeypatch):
 
     What is truncated of positive terms adds up.
     """
-    monkeypatch.setattr(_fused, "_resources", lambda device: (1, 228 << 10))
+    monkeypatch.setattr(_fused, "resources", lambda device: (1, 228 << 10))
     arrays, keywords = random_case(np.float32, c=512, h=4, w=8, o=32)
     if sign == "positive":
         arrays = {name: np.abs(a) for name, a in arrays.items()}
@@ -381,7 +381,7 @@ def test_loads_that_check_nothing_stay_within_the_image(channels, dtype, order):
 
 
 def test_parts_that_begin_within_a_plan_know_what_lies_inside(order, monkeypatch):
-    monkeypatch.setattr(_fused, "_resources", lambda device: (300, 228 << 10))
+    monkeypatch.setattr(_fused, "resources", lambda device: (300, 228 << 10))
     arrays, keywords = inner_case(np.float32, 96, taps=7)
     arrays["offset"][:, 2::6] = 50  # every third tap is outside
     check(deform_conv2d, arrays, keywords)
@@ -393,7 +393,7 @@ def test_parts_that_begin_within_a_plan_know_what_lies_inside(order, monkeypatch
 def test_memory_is_packed_weights_and_parts_of_split_sums(dtype, processors, monkeypatch):
     from tests.simt import substitute
 
-    monkeypatch.setattr(_fused, "_resources", lambda device: (processors, 228 << 10))
+    monkeypatch.setattr(_fused, "resources", lambda device: (processors, 228 << 10))
     arrays, keywords = random_case(dtype, c=64, h=20, w=20)
     given = on(cupy, arrays)
     given["x"] = cupy.ascontiguousarray(given["x"].transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)

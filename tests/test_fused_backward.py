@@ -120,7 +120,7 @@ def test_gradients_of_a_plain_convolution_of_any_shape(name, precision, order, l
 def test_positions_and_taps_may_be_split_among_blocks(
     processors, precision, order, launched, monkeypatch
 ):
-    monkeypatch.setattr(_fused, "_resources", lambda device: (processors, 228 << 10))
+    monkeypatch.setattr(_fused, "resources", lambda device: (processors, 228 << 10))
     dtype, mode = PRECISIONS[precision]
     arrays, keywords = random_case(dtype, n=3, c=24, h=17, w=15, o=12, offset_groups=2)
     arrays = with_gradient(deform_conv2d, arrays, keywords)
@@ -276,7 +276,7 @@ def test_memory_is_bounded_by_the_workspace(operator, monkeypatch):
     workspace = 1 << 18
     monkeypatch.setattr(_fused_backward, "WORKSPACE_BYTES", workspace)
     monkeypatch.setattr(deformable.conv, "CHUNK_BYTES", workspace // 4)
-    monkeypatch.setattr(_fused, "_resources", lambda device: (300, 228 << 10))
+    monkeypatch.setattr(_fused, "resources", lambda device: (300, 228 << 10))
     sizes = {"c": 32, "h": 32, "w": 32, "o": 16, "kernel": (5, 5), "padding": 2}
     arrays, keywords = random_case(np.float16, **sizes)
     if operator is conv2d:

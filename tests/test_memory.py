@@ -135,7 +135,7 @@ def test_peak_at_real_sizes_on_a_gpu(name, dtype, channels_last, monkeypatch):
 
     monkeypatch.setattr(_cuda, "launch", lambda *_, **__: None)
     monkeypatch.setattr(_cuda, "gemm", lambda *_, **__: None)
-    monkeypatch.setattr(_fused, "_resources", lambda device: (132, 228 << 10))
+    monkeypatch.setattr(_fused, "resources", lambda device: (132, 228 << 10))
     case = next(case for case in bench_deform_conv.CASES if case.name == name)
 
     def image(channels, dtype):
