@@ -591,9 +591,9 @@ def make_plan(
         xp.empty(g.rois, np.int32),
         xp.empty((g.rois, REACH), np.int32),
     )
-    threads = min(_cuda.THREADS, -(-runs // 32) * 32)
     _cuda.launch(
-        "roi.cu", "plan", (g.rois,), (threads,), in_double(rois), in_double(offset), *plan, g, rule,
+        "roi.cu", "plan", (g.rois,), _line(runs),
+        in_double(rois), in_double(offset), *plan, g, rule,
         **macros(g, weights or np.dtype(np.float32)),
     )  # fmt: skip
     return plan
@@ -634,11 +634,13 @@ def cuda_rows(array: Array, groups: int, depth: int, pitch: int, dtype: np.dtype
         return split.reshape(shape)
     if array.flags.c_contiguous:
         rows = xp.empty(shape, dtype)
-        blocks = n * -(-h * w // SIDE) * groups * -(-classes * pitch // SIDE)
+        row = classes * pitch
+        blocks = n * -(-h * w // SIDE) * groups * -(-row // SIDE)
         layout = Layout(n, c, h, w, groups, depth, pitch)
         _cuda.launch(
-            "roi.cu", "arrange", (blocks,), (SIDE, 8), array, rows, layout, **_macros(dtype)
-        )
+            "roi.cu", "arrange", (blocks,), (SIDE, min(row, 8)), array, rows, layout,
+            **_macros(dtype),
+        )  # fmt: skip
         return rows
     rows = xp.zeros(shape, dtype)
     rows.reshape(n, h, w, groups, classes, pitch)[..., :depth] = split
@@ -699,7 +701,7 @@ def gather(
     chunks = -(-g.depth // (lanes * vec))
     order, starts = (xp.empty(size, np.int32) for size in (g.rois, g.batch + 1))
     _cuda.launch(
-        "roi.cu", "sort_by_image", (g.batch,), (_cuda.THREADS,), plan.images, order, starts, g,
+        "roi.cu", "sort_by_image", (g.batch,), _line(g.rois), plan.images, order, starts, g,
         **macros(g, np.dtype(np.float32)),
     )  # fmt: skip
     _cuda.launch(
@@ -738,6 +740,11 @@ def cuda_maximum_backward(
         )  # fmt: skip
         rows = cuda_output_rows(grad_y, g, x.dtype), winner_y, winner_x
         return image_from_rows(gather("roi_pool.cu", "winner_gradient", g, plan, rows, g), g)
+
+
+def _line(steps: int) -> tuple[int]:
+    """Block of whole warps, a thread per step as far as it goes."""
+    return (min(_cuda.THREADS, -(-max(steps, 1) // 32) * 32),)
 
 
 def _block(g: RoIGeometry, vec: int) -> tuple[int, int]:
