@@ -100,8 +100,8 @@ extern "C" __global__ void __launch_bounds__(256)
   __shared__ T tile[SIDE][SIDE + 1];
   const int64 pixels = static_cast<int64>(l.height) * l.width;
   const int channels = l.channels / l.groups, row = channels / l.depth * l.pitch;
-  const int tiles = (row + SIDE - 1) / SIDE;
-  const int64 strips = (pixels + SIDE - 1) / SIDE, block = blockIdx.x / tiles;
+  const int tiles = quotient_up(row, SIDE);
+  const int64 strips = quotient_up<int64>(pixels, SIDE), block = blockIdx.x / tiles;
   const int first = blockIdx.x % tiles * SIDE, group = static_cast<int>(block % l.groups);
   const int64 strip = block / l.groups, image = strip / strips, pixel = strip % strips * SIDE;
   for (int i = threadIdx.y; i < SIDE; i += blockDim.y) {

@@ -16,6 +16,9 @@ struct RoIGeometry {
   __device__ bool shifted() const { return part_h > 0; }
 };
 
+template <class Integer>
+__device__ __forceinline__ Integer quotient_up(Integer a, Integer b) { return (a + b - 1) / b; }
+
 enum Rounding { NONE, IMAGE, MAP };
 
 struct Rule {
@@ -179,7 +182,7 @@ __device__ __forceinline__ index_t run_x(const RoIGeometry& g, index_t row, cons
 
 // The first of some bins that belongs to a part of them: that with bin * parts / bins >= part.
 __device__ __forceinline__ int first_of_part(int64 part, int parts, int bins) {
-  return static_cast<int>((part * bins + parts - 1) / parts);
+  return static_cast<int>(quotient_up<int64>(part * bins, parts));
 }
 
 // The group of channels that a bin sees.

@@ -40,17 +40,17 @@ struct PixelTile {
 };
 
 __device__ __forceinline__ PixelTile pixel_tile(const RoIGeometry& g) {
-  const unsigned depth = blockDim.x * VEC;
-  const unsigned counts[4] = {(g.depth() + depth - 1) / depth, static_cast<unsigned>(g.planes()),
-                              static_cast<unsigned>((g.width + COLUMNS - 1) / COLUMNS),
-                              static_cast<unsigned>((g.height + ROWS - 1) / ROWS)};
-  unsigned at[4], rest = blockIdx.x;
-  for (int i = 0; i < 4; ++i) {
-    at[i] = rest % counts[i];
-    rest /= counts[i];
-  }
-  return {static_cast<int>(rest), static_cast<int>(at[1]), static_cast<int>(at[3] * ROWS),
-          static_cast<int>(at[2] * COLUMNS), static_cast<int>(at[0] * depth + threadIdx.x * VEC)};
+  unsigned rest = blockIdx.x;
+  const auto digit = [&](unsigned base) {  // of the block's number, the lowest first
+    const unsigned it = rest % base;
+    rest /= base;
+    return static_cast<int>(it);
+  };
+  const int depth = blockDim.x * VEC;
+  const int chunk = digit(quotient_up(g.depth(), depth)), plane = digit(g.planes());
+  const int x = digit(quotient_up(g.width, COLUMNS)), y = digit(quotient_up(g.height, ROWS));
+  const int channel = chunk * depth + threadIdx.x * VEC;
+  return {static_cast<int>(rest), plane, y * ROWS, x * COLUMNS, channel};
 }
 
 // The pixels that the bins of a RoI see lie within these.
