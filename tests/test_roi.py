@@ -10,6 +10,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 import deformable
 from deformable import _roi
 from deformable._array import compute_dtype
+from deformable.deform_roi_pool import INCLUSIVE
+from deformable.roi_align import ALIGNED, UNALIGNED
+from deformable.roi_pool import CELLS, PIXELS
 from deformable.testing import check_backward, error_bound
 from tests import reference_roi as reference
 from tests.arrays import host, on
@@ -288,6 +291,68 @@ def test_rows_for_kernels_hold_what_is_seen_together(shape, groups, depth, pitch
             rows = _roi.cuda_rows(given, groups, depth, pitch, np.dtype(dtype))
             assert rows.dtype == dtype and rows.flags.c_contiguous
             assert_array_equal(host(xp, rows), want.reshape(-1, pitch))
+
+
+NUMBERS = ["start", "extent", "total", "phase", "rate", "first", "inner", "outer", "end"]
+INTEGERS = ["pixel", "pixels", "backwards"]
+RUN = np.dtype({"names": NUMBERS + INTEGERS, "formats": ["f8"] * 9 + ["i4"] * 3}, align=True)
+RULES = {
+    "unaligned": (UNALIGNED, False),
+    "aligned": (ALIGNED, False),
+    "aligned, shifted": (ALIGNED, True),
+    "cells": (CELLS, False),
+    "pixels": (PIXELS, False),
+    "inclusive": (INCLUSIVE, False),
+    "inclusive, shifted": (INCLUSIVE, True),
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rule", RULES)
+def test_kernels_look_where_numpy_does(rule, seed, xp):
+    """At no pixel more, even where it weighs nothing."""
+    if xp is np:
+        pytest.skip("is what kernels are compared with")
+    rng, (rule, offsets) = np.random.default_rng(seed), RULES[rule]
+    arrays, keywords = random_case(
+        "deform_ps_roi_pool", rng, k=8, height=[5, 40][seed % 2], width=[37, 7][seed % 2],
+        sampling_ratio=(rng.integers(-1, 4), 2), mask=False,
+    )  # fmt: skip
+    rois, offset = arrays["rois"], arrays["offset"] if offsets else None
+    keywords["group_size"] = 1
+    g = _roi.roi_geometry("a test", arrays["x"], rois, **keywords)
+    if offsets:
+        part_h, part_w = offset.shape[2:]
+        g = g._replace(classes=offset.shape[1] // 2, part_h=part_h, part_w=part_w)
+    box = _roi.boxes("a test", g, rule, rois)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        at = _roi.make_bins(g, rule, box, offset)
+    given = xp.asarray(rois), offset if offset is None else xp.asarray(offset)
+    plan = _roi.make_plan(g, rule, *given, np.dtype(np.float64))
+
+    runs = host(xp, plan.runs).view(RUN).ravel()
+    for name in set(RUN.names) - {"rate", "phase", "pixel"}:
+        assert_array_equal(runs[name], getattr(at.runs, name))
+    sees = at.runs.pixels > 0
+    assert_array_equal(runs["pixel"][sees], at.runs.pixel[sees])
+    assert_array_equal(host(xp, plan.images), box.image)
+
+    first, end = at.runs.pixel, at.runs.pixel + at.runs.pixels
+    reaches = host(xp, plan.reaches)
+    for roi in range(g.rois):
+        for column, number, size in (0, at.run_y, g.height), (2, at.run_x, g.width):
+            own = np.unique(number[roi * g.bins : (roi + 1) * g.bins])
+            own = own[sees[own]]
+            want = first[own].min(initial=size), end[own].max(initial=0)
+            assert tuple(reaches[roi, column : column + 2]) == want
+
+    assert (plan.table is None) == offsets
+    if not offsets:
+        taps = at.runs.taps(np.float64)
+        weights = np.zeros((len(runs), 64))
+        number = np.repeat(np.arange(len(runs)), taps.length)
+        weights[number, taps.pixel - first[number].astype(int)] = taps.weight
+        assert_equal_up_to(1e-13, host(xp, plan.table), weights[:, : _roi.TILE])
 
 
 # ---- dtypes
