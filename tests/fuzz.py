@@ -238,7 +238,7 @@ def loops_over_rois(name):
     finite: 0 or NaN.
     """
 
-    def loops(x, rois, output_size, grad_y=None, size=False, **options):
+    def loops(x, rois, output_size, grad_y=None, size=False, slack=False, **options):
         wrong = is_wrong(rois, len(x))
         extent = np.abs(rois[:, 3:] - rois[:, 1:3]).max(axis=1) * abs(options["spatial_scale"])
         adaptive = min(options.get("sampling_ratio", (1, 1))) < 1
@@ -252,8 +252,9 @@ def loops_over_rois(name):
             everything = np.zeros((len(rois), *some.shape[1:]))
             everything[known], everything[wrong] = some, of_wrong
             sure = sure & ~many.reshape(-1, *[1] * (sure.ndim - 1))
-            return np.where(sure, everything, ANYTHING) if size else everything
+            return np.where(sure, np.abs(everything), ANYTHING) if size else everything
 
+        of_known["slack"] = slack
         if grad_y is None:
             y = reference_roi.pool(name, x, rois[known], output_size, **of_known)
             return all_of(y, np.nan, finite[:, None])
@@ -497,17 +498,18 @@ def check(operator, xp, number, dtypes=STORAGE):
     if any(abs(v) > 1e6 for v in alone.values() if type(v) in (int, float)):
         return  # a legal spatial_scale or gamma with which positions overflow
     if y is not None:
-        check_result("y", xp, call, y, call.arguments["x"].dtype, *expected(operator, xp, alone))
+        want = expected(operator.loops, operator, xp, alone)
+        check_result("y", xp, call, y, call.arguments["x"].dtype, *want)
     if grads is not None:
         assert y is not None
-        want, size = expected_gradients(operator, xp, call.arguments)
+        want, size, slack = expected(operator.loops_backward, operator, xp, call.arguments)
         chosen = call.arguments.get("wrt")
         for name, gradient in grads._asdict().items():
             if name not in want or (chosen is not None and name not in chosen):
                 assert gradient is None, f"{name} has a gradient"
             else:
                 dtype = call.arguments[name].dtype
-                check_result(name, xp, call, gradient, dtype, want[name], size[name])
+                check_result(name, xp, call, gradient, dtype, want[name], size[name], slack[name])
 
 
 def answer(function, arguments, call, refused):
@@ -524,7 +526,7 @@ def answer(function, arguments, call, refused):
     return result
 
 
-def check_result(name, xp, call, have, dtype, want, size):
+def check_result(name, xp, call, have, dtype, want, size, slack):
     assert isinstance(have, xp.ndarray) and have.dtype == dtype, name
     assert have.shape == want.shape, f"{name} has shape {have.shape}, expected {want.shape}"
     for memory in call.memory.values():
@@ -535,6 +537,7 @@ def check_result(name, xp, call, have, dtype, want, size):
     # half precision also rounds intermediate results: twice the error of a single rounding
     bound = error_bound(storage, size, terms) * (2 if storage.itemsize == 2 else 1)
     bound = np.maximum(bound, error_bound(dtype, size)) + terms * SPACING.get(storage.name, 0)
+    bound += slack
     with np.errstate(invalid="ignore"):
         may_overflow = ~(size < min(LARGEST[dtype.name], LARGEST[storage.name]) / 16)
         good = np.where(
@@ -544,25 +547,21 @@ def check_result(name, xp, call, have, dtype, want, size):
     assert good.all(), f"{name}: {have[~good][:4]}, expected {want[~good][:4]}"
 
 
-def expected(operator, xp, arguments):
-    """By the loops: the result, and the sum of the absolute values of its terms."""
-    with np.errstate(all="ignore"):
-        exact = plain(operator, xp, arguments)
-        size = operator.loops(**absolute(operator, exact), **of_size(operator.loops))
-        return operator.loops(**exact), np.abs(size) if operator.picks else size
+def expected(loops, operator, xp, arguments):
+    """By the loops: results, the sums of the absolute values of their terms, and their slack.
 
-
-def expected_gradients(operator, xp, arguments):
-    loops = operator.loops_backward
+    That is by how much the roundings of positions may change them, over the finite values: whether
+    a weight is 0, what stands there being infinite, is not up to rounding.
+    """
     with np.errstate(all="ignore"):
         exact = plain(operator, xp, {k: v for k, v in arguments.items() if k != "wrt"})
-        return loops(**exact), loops(**absolute(operator, exact), **of_size(loops))
-
-
-def of_size(loops):
-    """How loops that can be are asked for absolute values."""
-    parameters = inspect.signature(loops).parameters
-    return {"size": True} if "size" in parameters else {}
+        want, takes = loops(**exact), inspect.signature(loops).parameters
+        size = loops(**absolute(operator, exact), **{"size": True} if "size" in takes else {})
+        if "slack" in takes:
+            slack = loops(**absolute(operator, exact, finite=True), slack=True)
+        else:
+            slack = dict.fromkeys(want, 0) if isinstance(want, dict) else 0
+    return want, size, slack
 
 
 def plain(operator, xp, arguments):
@@ -581,9 +580,12 @@ def plain(operator, xp, arguments):
     return exact
 
 
-def absolute(operator, exact):
+def absolute(operator, exact, finite=False):
+    """The arguments with absolute values, those that are not ``finite`` taken as 0 if asked for."""
     signed = (*operator.positions, *(("x",) if operator.picks else ()))
     return {
-        name: np.abs(a) if isinstance(a, np.ndarray) and name not in signed else a
+        name: np.where(np.isfinite(a) | (not finite), np.abs(a), 0)
+        if isinstance(a, np.ndarray) and name not in signed
+        else a
         for name, a in exact.items()
     }

@@ -6,6 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Operations between the numbers of a RoI and the weight of a pixel, along one axis: 5 for its two
+# corners, 2 for its length and that of a bin, 5 for the start of a bin that an offset shifts, 3 for
+# a sample, and 2 for the shares of the pixels beside it.
+OPERATIONS = 17
+
 
 class Bin(NamedTuple):
     """One bin of one RoI, for some of the output's channels."""
@@ -22,12 +27,13 @@ class Bin(NamedTuple):
     offsets: tuple = ()  # index of dy and of dx in the offsets
     moves: tuple = ()  # how far an offset of 1 moves the bin along y and along x
     lost: bool = False  # a position is NaN
+    blur: tuple = (0, 0)  # how far from each other two may compute a position along y and along x
 
     def samples(self):
         """Along y and along x, what every sample sees."""
         return tuple(
-            [sees(position, size, self.margin) for position in axis]
-            for axis, size in zip((self.y, self.x), self.size, strict=True)
+            [sees(position, size, self.margin, blur) for position in axis]
+            for axis, size, blur in zip((self.y, self.x), self.size, self.blur, strict=True)
         )
 
 
@@ -37,14 +43,20 @@ def round_half_away(value):
     return whole + math.copysign(abs(value - whole) >= 0.5, value)
 
 
-def sees(position, size, margin):
-    """The pixels that a sample sees along one axis: index, weight, slope. None: it is outside."""
+def sees(position, size, margin, blur):
+    """The pixels that a sample sees along one axis, or would see if it were moved by ``blur``.
+
+    Of each the index, the weight, its slope, and how far it may be off: a hat is nowhere steeper
+    than 1 and nowhere higher. None: the sample is outside.
+    """
     if not -margin <= position <= size - 1 + margin:
         return None
     inside = min(max(position, 0), size - 1)
     cell, slope = math.floor(inside), 1 if 0 <= position < size - 1 else 0
-    both = [(cell, 1 - (inside - cell), -slope), (cell + 1, inside - cell, slope)]
-    return both[: size - cell]
+    both = {cell: (1 - (inside - cell), -slope), cell + 1: (inside - cell, slope)}
+    first, last = math.floor(max(inside - blur, 0)), math.floor(min(inside + blur, size - 1)) + 1
+    seen = range(first, min(last + 1, size))
+    return [(pixel, *both.get(pixel, (0, 0)), min(blur, 1)) for pixel in seen]
 
 
 def positions(start, p, step, shift, count, phase):
@@ -58,6 +70,20 @@ def channels(outs, groups, bin_, output_size):
     gh, gw = (p * g // bins for p, g, bins in zip(bin_, groups, output_size, strict=True))
     stride = groups[0] * groups[1]
     return slice(outs.start * stride + gh * groups[1] + gw, outs.stop * stride, stride)
+
+
+def blurs(firsts, lasts, factors):
+    """How far apart rounding leaves the positions of two who compute them in float64.
+
+    Both are off by eps / 2 of the largest number at hand for every operation. Along an axis none is
+    larger than the RoI's corners together, and 1 for the halves of a pixel that these are shifted
+    by and for the least length; what an offset shifts, the error included, is a multiple of it.
+    Whether a sample counts, and between which pixels, jumps, and nobody may answer it otherwise:
+    that takes the operations of the definition in their order.
+    """
+    along = zip(firsts, lasts, factors, strict=True)
+    largest = [(abs(first) + abs(last) + 1) * (1 + abs(factor)) for first, last, factor in along]
+    return tuple(OPERATIONS * math.ulp(1.0) * number for number in largest)
 
 
 def shift(offset, places, moves):
@@ -78,13 +104,17 @@ def aligned_bins(x, rois, output_size, scale, sampling, half, least, groups, off
         grid = [n if n > 0 else math.ceil(step) for n, step in zip(sampling, steps, strict=True)]
         moves = gamma * lengths[0], gamma * lengths[1]
         for bin_ in np.ndindex(*output_size):
-            places = () if offset is None else ((k, 1, *bin_), (k, 0, *bin_))
-            by = shift(offset, places, moves) if places else (0, 0)
+            places, by, factors = (), (0, 0), (0, 0)
+            if offset is not None:
+                places = (k, 1, *bin_), (k, 0, *bin_)
+                by = shift(offset, places, moves)
+                factors = [gamma * offset[place] for place in places]
             along = zip((y1, x1), bin_, steps, by, grid, (0.5, 0.5), strict=True)
             yield Bin(
                 (k, *bin_), int(roi[0]), outs, channels(outs, groups, bin_, output_size),
                 *(positions(*axis) for axis in along), x.shape[2:], 1,
                 max(max(grid[0], 0) * max(grid[1], 0), 1), places, moves, any(map(math.isnan, by)),
+                blurs((y1, x1), (y2, x2), factors),
             )  # fmt: skip
 
 
@@ -98,7 +128,7 @@ def inclusive_bins(x, rois, output_size, scale, sampling, groups, offset, gamma)
         steps = [length / bins for length, bins in zip(lengths, output_size, strict=True)]
         moves = gamma * lengths[0], gamma * lengths[1]
         for *bin_, i in np.ndindex(*output_size, classes):
-            places, by = (), (0, 0)
+            places, by, factors = (), (0, 0), (0, 0)
             if offset is not None:
                 part = [
                     p * parts // bins
@@ -106,6 +136,7 @@ def inclusive_bins(x, rois, output_size, scale, sampling, groups, offset, gamma)
                 ]
                 places = (k, 2 * i + 1, *part), (k, 2 * i, *part)
                 by = shift(offset, places, moves)
+                factors = [gamma * offset[place] for place in places]
             along = [
                 positions(*axis)
                 for axis in zip((y1, x1), bin_, steps, by, sampling, (0, 0), strict=True)
@@ -118,7 +149,7 @@ def inclusive_bins(x, rois, output_size, scale, sampling, groups, offset, gamma)
             yield Bin(
                 (k, *bin_), int(roi[0]), outs, channels(outs, groups, bin_, output_size),
                 *along, x.shape[2:], 0.5, max(kept[0] * kept[1], 1),
-                places, moves, any(map(math.isnan, by)),
+                places, moves, any(map(math.isnan, by)), blurs((y1, x1), (y2, x2), factors),
             )  # fmt: skip
 
 
@@ -151,22 +182,28 @@ def cells(x, rois, output_size, scale, groups, on_map):
 # ---- what the operators make of samples
 
 
-def pixels_of(sample_y, sample_x):
-    """The pixels of a sample and their weights; those of weight 0 are not looked at."""
-    for (r, weight_y, _), (c, weight_x, _) in itertools.product(sample_y or (), sample_x or ()):
-        if weight_y * weight_x != 0:
-            yield r, c, weight_y * weight_x
+def pixels_of(sample_y, sample_x, slack=False):
+    """The pixels of a sample and their weights; those of weight 0 are not looked at.
+
+    With ``slack``, how far the weights may be off.
+    """
+    along = itertools.product(sample_y or (), sample_x or ())
+    for (r, weight_y, _, blur_y), (c, weight_x, _, blur_x) in along:
+        off = weight_y * blur_x + blur_y * weight_x + blur_y * blur_x
+        weight = off if slack else weight_y * weight_x
+        if weight != 0:
+            yield r, c, weight
 
 
 def totals(samples, part):
-    """What the samples along an axis add up to for every pixel: weights (1) or slopes (2)."""
+    """What samples along an axis add up to per pixel: weights (1), slopes (2) or slack (3)."""
     found = {}
     for pixel in itertools.chain.from_iterable(sample or () for sample in samples):
         found[pixel[0]] = found.get(pixel[0], 0) + pixel[part]
     return found.items()
 
 
-def mean(x, bins, shape, mask):
+def mean(x, bins, shape, mask, slack):
     y = np.zeros(shape)
     for b in bins:
         k, *bin_ = b.place
@@ -174,12 +211,12 @@ def mean(x, bins, shape, mask):
         factor = 1 if mask is None else mask[b.place]
         y[at] += math.nan if b.lost or math.isnan(factor) else 0
         for sample in itertools.product(*b.samples()) if factor != 0 else ():
-            for r, c, weight in pixels_of(*sample):
+            for r, c, weight in pixels_of(*sample, slack):
                 y[at] += weight * factor / b.count * image[:, r, c]
     return y
 
 
-def mean_backward(grad_y, x, bins, offset, mask, size):
+def mean_backward(grad_y, x, bins, offset, mask, size, slack):
     arrays = {"x": x, "offset": offset, "mask": mask}
     grads = {name: np.zeros(a.shape) for name, a in arrays.items() if a is not None}
     for b in bins:
@@ -187,7 +224,7 @@ def mean_backward(grad_y, x, bins, offset, mask, size):
         grad, image = grad_y[(k, b.outs, *bin_)], x[b.image, b.ins]
         factor = 1 if mask is None else mask[b.place]
         for sample in itertools.product(*b.samples()):
-            for r, c, weight in pixels_of(*sample):
+            for r, c, weight in pixels_of(*sample, slack):
                 if factor != 0:
                     grads["x"][b.image, b.ins, r, c] += weight * factor / b.count * grad
                 if mask is not None:
@@ -196,12 +233,13 @@ def mean_backward(grad_y, x, bins, offset, mask, size):
             grads["mask"][b.place] = math.nan
         for axis, place in enumerate(b.offsets):
             grads["offset"][place] += math.nan if b.lost else 0
-            parts = (2, 1) if axis == 0 else (1, 2)
+            beside = 3 if slack else 1  # slopes are whole numbers
+            parts = (2, beside) if axis == 0 else (beside, 2)
             along = (totals(*axis) for axis in zip(b.samples(), parts, strict=True))
             for (r, of_y), (c, of_x) in itertools.product(*along):
                 slope = of_y * of_x * factor / b.count * b.moves[axis]
                 if of_y * of_x * factor != 0:
-                    slope = abs(slope) if size else slope
+                    slope = abs(slope) if size or slack else slope
                     grads["offset"][place] += slope * (image[:, r, c] @ grad)
     return grads
 
@@ -264,19 +302,27 @@ def bins_of(
     return list(bins), (len(rois), x.shape[1] // (groups[0] * groups[1]), *output_size)
 
 
-def pool(operator, x, rois, output_size, mode="avg", mask=None, **options):
-    """The result of an operator."""
+def pool(operator, x, rois, output_size, mode="avg", mask=None, slack=False, **options):
+    """The result of an operator.
+
+    With ``slack``, by how much the roundings of positions may change it, for a positive image and
+    mask. A maximum's samples stand for themselves: no one computes their positions otherwise.
+    """
     bins, shape = bins_of(operator, x, rois, output_size, **options)
     if operator == "roi_pool" or mode == "max":
-        return maximum(x, bins, shape)
-    return mean(x, bins, shape, mask)
+        return np.zeros(shape) if slack else maximum(x, bins, shape)
+    return mean(x, bins, shape, mask, slack)
 
 
 def pool_backward(
-    operator, grad_y, x, rois, output_size, mode="avg", mask=None, size=False, **options
-):
-    """Its gradients by name; with ``size``, the sums of their terms' absolute values."""
+    operator, grad_y, x, rois, output_size, mode="avg", mask=None, size=False, slack=False,
+    **options,
+):  # fmt: skip
+    """Its gradients by name; with ``size``, the sums of their terms' absolute values.
+
+    With ``slack``, as :func:`pool`.
+    """
     bins, _ = bins_of(operator, x, rois, output_size, **options)
     if operator == "roi_pool" or mode == "max":
-        return maximum_backward(grad_y, x, bins)
-    return mean_backward(grad_y, x, bins, options.get("offset"), mask, size)
+        return {"x": np.zeros(x.shape)} if slack else maximum_backward(grad_y, x, bins)
+    return mean_backward(grad_y, x, bins, options.get("offset"), mask, size, slack)

@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
+from deformable import _roi
 from tests import fuzz
+
+MEANS = ("roi_align", "ps_roi_align", "deform_roi_pool", "deform_ps_roi_pool")
 
 
 @pytest.mark.parametrize("name", fuzz.OPERATORS)
@@ -17,3 +20,12 @@ def test_random_calls_answer_the_documented_value_or_refuse(name, xp, request):
             fuzz.check(fuzz.OPERATORS[name], xp, number, dtypes)
         except Exception as error:
             raise AssertionError(f"{name}, call {number} on {xp.__name__}: {error}") from error
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_a_sample_that_is_a_trillionth_of_a_pixel_off_is_noticed(name, monkeypatch):
+    position = _roi.Runs.position
+    monkeypatch.setattr(_roi.Runs, "position", lambda run, i: position(run, i) + 1e-12)
+    with pytest.raises(AssertionError, match="expected"):
+        for number in range(200):
+            fuzz.check(fuzz.OPERATORS[name], np, number)
