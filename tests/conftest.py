@@ -45,13 +45,23 @@ def xp(request):
         yield cupy
 
 
+@pytest.fixture(params=["numpy", "cupy"])
+def device(request):
+    """What an example is told as ``--device``; races are looked for in the operators' own tests."""
+    if request.param == "numpy":
+        yield "cpu"
+        return
+    with kernels("forward", races=False):
+        yield "gpu"
+
+
 @contextlib.contextmanager
-def kernels(order, seed=0):
-    """Kernels run, in this order of blocks and threads where they are simulated."""
+def kernels(order, seed=0, races=True):
+    """Kernels run, with these settings where they are simulated."""
     if HAVE_GPU:
         yield
     elif build.available():
-        with configure(order=order, seed=seed):
+        with configure(order=order, seed=seed, races=races):
             yield
     else:
         pytest.skip("no GPU, and no g++ to simulate one")

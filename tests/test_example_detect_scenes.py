@@ -55,12 +55,11 @@ def test_another_offset_lr_trains_the_deformable_heads_only(often_saved, tmp_pat
         often_saved.main([*run, "--resume", "--offset-lr", "1"])
 
 
-def test_it_runs_on_a_gpu(often_saved, tmp_path, xp, capsys, monkeypatch):
+def test_it_runs_on_a_gpu(often_saved, tmp_path, device, capsys, monkeypatch):
     smaller = {"BATCH": 1, "NEAR": 1, "ANYWHERE": 1, "CANVAS": 40, "SIDES": (7.0, 16.0)}
     for name, value in smaller.items():
         monkeypatch.setattr(often_saved, name, value)
     run = ["--scenes", "20", "--steps", "1", "--out", str(tmp_path), "--heads"]
-    device = "cpu" if xp is np else "gpu"
     often_saved.main([*run, *often_saved.DEFORMABLE, "--device", device])
     assert "deformable PS-RoI vote" in capsys.readouterr().out
 

@@ -101,9 +101,8 @@ def test_a_finished_run_resumed_trains_nothing(few_digits, tmp_path, monkeypatch
         few_digits.main(run)
 
 
-def test_it_runs_on_a_gpu(few_digits, tmp_path, xp, capsys, monkeypatch):
+def test_it_runs_on_a_gpu(few_digits, tmp_path, device, capsys, monkeypatch):
     monkeypatch.setattr(few_digits, "TEST_POSES", 1)  # a GPU may be simulated
-    device = "cpu" if xp is np else "gpu"
     few_digits.main(["--epochs", "1", "--device", device, "--out", str(tmp_path)])
     assert "modulated" in capsys.readouterr().out
 

@@ -44,8 +44,7 @@ def test_a_resumed_run_ends_as_if_never_stopped(killed_at, small, tmp_path, caps
     check_resumed(small, RUN, killed_at, tmp_path, capsys, monkeypatch)
 
 
-def test_it_runs_on_a_gpu(small, tmp_path, xp, capsys):
-    device = "cpu" if xp is np else "gpu"
+def test_it_runs_on_a_gpu(small, tmp_path, device, capsys):
     small.main([*RUN, str(tmp_path), "--device", device, "--steps", "1"])
     assert "deformable" in capsys.readouterr().out
 

@@ -89,10 +89,9 @@ def test_a_finished_run_resumed_trains_nothing(script, tmp_path, monkeypatch):
     script.main([*run, "--resume"])
 
 
-def test_it_runs_on_a_gpu(script, tmp_path, xp, capsys):
+def test_it_runs_on_a_gpu(script, tmp_path, device, capsys):
     data = script.load_digits()
     data.images, data.target = data.images[:12], data.target[:12]  # a GPU may be simulated
-    device = "cpu" if xp is np else "gpu"
     run = ["--epochs", "1", "--batch", "10", "--out", str(tmp_path)]
     script.main([*run, "--device", device])
     assert "digits that are read" in capsys.readouterr().out

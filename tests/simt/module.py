@@ -316,6 +316,7 @@ def _members(parameter):
     return members
 
 
+@functools.cache
 def _dtype_code(dtype):
     if dtype.names:
         return "V"

@@ -23,7 +23,7 @@ class Flags:
 class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     """cupy.ndarray, as far as the library uses it. ``_host`` is the array that it wraps."""
 
-    __slots__ = ("_host",)
+    __slots__ = ("_host", "data")
     __hash__ = None
 
     def __new__(cls, shape, dtype=float, memptr=None, strides=None, order="C"):
@@ -39,7 +39,6 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     nbytes = property(lambda self: self._host.nbytes)
     strides = property(lambda self: self._host.strides)
     flags = property(lambda self: Flags(self._host.flags))
-    data = property(lambda self: _memory.MemoryPointer(self._host.ctypes.data))
     T = property(lambda self: wrap(self._host.T))
     mT = property(lambda self: wrap(self._host.mT))
 
@@ -162,6 +161,7 @@ def native(host):
     """The array object of a NumPy array that lies in device memory."""
     array = object.__new__(ndarray)
     array._host = host
+    array.data = _memory.MemoryPointer(host.ctypes.data)
     return array
 
 
