@@ -362,6 +362,12 @@ def test_the_image_of_the_next_pixel_is_not_touched(order):
     assert_array_equal(deform_conv2d(**given, **keywords).get(), want)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_output_channels_of_a_group_begin_anywhere(dtype, order):
+    """Lines have a multiple of 16 bytes, but stores of so many would not be aligned."""
+    check(deform_conv2d, *random_case(dtype, c=96, groups=8, o=72))
+
+
 def inner_case(dtype, channels, taps):
     """A case of 8 x 8 positions whose corners are all pixels, up to the last one."""
     arrays, keywords = random_case(

@@ -196,6 +196,18 @@ def test_warps_hand_shared_memory_to_each_other():
     assert y.get().tolist() == list(range(63, -1, -1))
 
 
+def test_barriers_tell_whether_any_thread_of_the_block_says_yes():
+    y = cupy.empty((3, 64), "i4")
+    body = """
+    const int t = threadIdx.x;
+    y[t] = __syncthreads_or(t == 40) != 0;
+    y[64 + t] = __syncthreads_or(t == 64) != 0;
+    y[128 + t] = __syncthreads_or(4 * t) != 0;
+    """
+    run("int* y", body, y, block=(64,))
+    assert y.get().tolist() == [[1] * 64, [0] * 64, [1] * 64]
+
+
 # ---- atomics
 
 

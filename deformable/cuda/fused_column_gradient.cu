@@ -312,6 +312,6 @@ const int channel = image_row * l.run + ((chunk * UNITS << l.lane_bits) + own_un
     }
 
     cp_async_wait<0>();
-    if (TERMS == 1 || !corrected || !any_of_block(nan)) break;
+    if (TERMS == 1 || !corrected || !__syncthreads_or(nan)) break;
   }
 }

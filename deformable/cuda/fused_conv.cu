@@ -151,7 +151,7 @@ __device__ __forceinline__ u32 plan_slots(const ConvGeometry& g, const Layout& l
       rows.corner[corner] = -1;
       weights.corner[corner] = 0;
     }
-    if (out.image >= 0 && sample.row >= 0) {
+    if (sample.row >= 0) {
       plan_sample(g, places, out, sample.dy, sample.dx, sample.offset_group_and_tap, rows, weights);
     }
     bool all = true;
@@ -251,10 +251,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int own_bytes = (t & ((1 << l.lane_bits) - 1)) * 16;
   const Cell* const first_sample = plan + (t >> l.lane_bits) * SAMPLE + row;
 
-  // a thread plans one position (and multiplies four, of its own warp)
-  const int position = first_position + thread;
-  outputs[thread] = output_pixel(g, position);
-  if (position >= positions) outputs[thread].image = -1;
+  // a thread plans one position (and multiplies four, of its own warp); those behind the end repeat
+  // the last one, for nothing
+  outputs[thread] = output_pixel(g, min(first_position + thread, positions - 1));
 
   for (bool corrected = true;; corrected = false) {
     // a warp copies a piece of its own of the weights: the addresses of a lane differ by constants
@@ -330,7 +329,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const bool nan = store(y + static_cast<int64>(blockIdx.z) * positions * g.out_channels, bias,
                            sums, first_position + row, positions, g.out_channels,
                            first + t * UNIT, (group + 1) * l.outs, corrected);
-    if (TERMS == 1 || !corrected || !any_of_block(nan)) break;
+    if (TERMS == 1 || !corrected || !__syncthreads_or(nan)) break;
   }
 }
 

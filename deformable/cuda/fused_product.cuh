@@ -1,7 +1,7 @@
 // What the fused kernels multiply: units of 16 bytes of channels, the same in registers, in memory
 // and in packed weights, as operands of tensor cores (fused_conv.cu has a drawing).
 //
-// Macros: DTYPE, TERMS (3: float32 by three TF32 products), WARPS (of a block), CORNERS.
+// Macros: DTYPE, TERMS (3: float32 by three TF32 products), CORNERS.
 #pragma once
 #include "fused_plan.cuh"
 #include "ptx.cuh"
@@ -208,18 +208,4 @@ __device__ __forceinline__ void promote(float (&sums)[N8][2][4], Quad* totals) {
     }
     totals[THREADS * j] = total;
   }
-}
-
-// Whether any thread of the block says so.
-__device__ __forceinline__ bool any_of_block(bool mine) {
-  __shared__ int found[WARPS];
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-  const bool any = __any_sync(0xffffffffu, mine);
-  __syncthreads();  // nobody reads an earlier answer, or what comes before, any more
-  if (thread % 32 == 0) found[thread / 32] = any;
-  __syncthreads();
-  bool all_found = false;
-#pragma unroll
-  for (int w = 0; w < WARPS; ++w) all_found |= found[w];
-  return all_found;
 }

@@ -9,7 +9,7 @@ enum SimtAccess { SIMT_READ, SIMT_WRITE, SIMT_ATOMIC };
 void simt_access(const void* address, size_t size, SimtAccess kind);
 void simt_require_aligned(const void* address, size_t size, const char* what);
 
-void simt_barrier(int line);
+int simt_barrier(int line, bool vote);
 
 // A collective of the lanes in `mask`: run(in, out, lanes) is called once, when all have come.
 typedef void (*SimtCollective)(const void* const* in, void* const* out, unsigned lanes);

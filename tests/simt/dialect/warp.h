@@ -2,7 +2,10 @@
 // There is no __activemask: what it answers depends on the schedule.
 #pragma once
 
-SIMT_INLINE void __syncthreads(int line = __builtin_LINE()) { simt_barrier(line); }
+SIMT_INLINE void __syncthreads(int line = __builtin_LINE()) { simt_barrier(line, false); }
+SIMT_INLINE int __syncthreads_or(int predicate, int line = __builtin_LINE()) {
+  return simt_barrier(line, predicate);
+}
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 SIMT_INLINE void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {

@@ -82,6 +82,7 @@ struct Machine {
   std::vector<Warp> warps;
   std::mt19937 random;
   int thread_count, current, living, at_barrier;
+  bool vote, voted;        // whether a thread at the barrier says yes; at the last one
   unsigned block;          // the one that runs, as in a Stamp
   unsigned blocks_before;  // of earlier launches
   unsigned epoch;  // barriers that this block has passed, plus one

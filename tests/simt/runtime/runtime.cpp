@@ -35,7 +35,7 @@ void simt_require_aligned(const void* address, size_t size, const char* what) {
 
 void simt_trap(const char* why) { fail(CALLER, "trap: %s", why); }
 
-void simt_barrier(int line) {
+int simt_barrier(int line, bool vote) {
   Thread& thread = m.thread();
   thread.what = "__syncthreads";
   thread.line = line;
@@ -45,7 +45,9 @@ void simt_barrier(int line) {
     fail(CALLER, "barrier divergence: __syncthreads of line %d after %d threads have returned",
          line, m.thread_count - m.living);
   ++m.at_barrier;
+  m.vote |= vote;
   suspend(State::AT_BARRIER);
+  return m.voted;
 }
 
 void simt_warp(const char* what, int line, unsigned mask, const void* in, void* out,

@@ -100,6 +100,7 @@ void begin_block(size_t index) {
   m.memory.begin_block();
   m.living = m.thread_count;
   m.at_barrier = 0;
+  m.vote = false;
   m.epoch = 1;
   for (int t = 0; t < m.thread_count; ++t) {
     Thread& thread = m.threads[t];
@@ -147,6 +148,8 @@ void open_barrier() {
     thread.state = State::READY;
   }
   m.at_barrier = 0;
+  m.voted = m.vote;
+  m.vote = false;
   ++m.epoch;
 }
 
