@@ -188,6 +188,19 @@ def test_ten_runs_are_bitwise_equal(operator, precision):
     assert len({b"".join(a.get().tobytes() for a in run if a is not None) for run in runs}) == 1
 
 
+def test_tf32_is_the_nearest_one(order):
+    arrays, keywords = random_case(
+        np.float32, c=1, o=3, kernel=(1, 1), padding=0, mask=False, bias=False
+    )
+    arrays["offset"][:] = 0
+    arrays["x"][:], arrays["weight"][:] = 1, 1
+    arrays = {"grad_y": np.full((1, 3, 5, 6), 1 + 0.75 * TF32, np.float32)} | arrays
+    with deformable.float32_precision("high"):
+        grad = deform_conv2d_backward(**on(cupy, arrays), **keywords)
+    assert_array_equal(grad.x.get(), np.full_like(arrays["x"], 3 * (1 + TF32)))
+    assert_array_equal(grad.weight.get(), np.full_like(arrays["weight"], 30 * (1 + TF32)))
+
+
 def test_float32_is_not_rounded_to_tf32(order):
     """Sums of thousands of terms, that tensor cores truncate: within 3e-6 of the scale."""
     arrays, keywords = random_case(np.float32, c=8, h=24, w=24, o=256)

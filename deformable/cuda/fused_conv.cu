@@ -145,19 +145,14 @@ __device__ __forceinline__ u32 plan_slots(const ConvGeometry& g, const Layout& l
   for (int n = 0; n < slots * l.samples; ++n) {
     const SampleId sample = samples[n];
     Pixels rows;
-    Weights weights;
-#pragma unroll
-    for (int corner = 0; corner < CORNERS; ++corner) {
-      rows.corner[corner] = -1;
-      weights.corner[corner] = 0;
-    }
+    Weights weights = {};
     if (sample.row >= 0) {
       plan_sample(g, places, out, sample.dy, sample.dx, sample.offset_group_and_tap, rows, weights);
     }
     bool all = true;
 #pragma unroll
     for (int corner = 0; corner < CORNERS; ++corner) {
-      const int pixel = rows.corner[corner];
+      const int pixel = sample.row < 0 ? -1 : rows.corner[corner];
       all &= pixel >= 0;
       rows.corner[corner] = pixel < 0 ? -1 : pixel * l.rows + sample.row;
     }
