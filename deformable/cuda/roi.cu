@@ -81,7 +81,6 @@ extern "C" __global__ void __launch_bounds__(256)
     const int found = gather_hits(roi < g.rois && images[roi] == image, roi, list);
     if (threadIdx.x < found) order[to + threadIdx.x] = list.item[threadIdx.x];
     to += found;
-    __syncthreads();
   }
 }
 

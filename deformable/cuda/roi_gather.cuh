@@ -5,16 +5,15 @@
 
 // ---- lists
 
-constexpr int MOST_THREADS = 256;
-
-// Some of the items that the threads of a block have looked at, in the order of the threads.
+// Some of the items that the threads of a block have looked at, in the order of the threads: up to
+// 256 of them, 8 warps.
 template <class Item> struct List {
-  Item item[MOST_THREADS];
-  int found[MOST_THREADS / 32];
+  Item item[256];
+  int found[8];
 };
 
-// Lists the items that are a hit and answers how many. All threads of the block take part, and none
-// needs any more what was in the list.
+// Lists the items that are a hit and answers how many. All threads of the block take part; what was
+// in the list is overwritten when all of them are here.
 template <class Item>
 __device__ __forceinline__ int gather_hits(bool hit, const Item& item, List<Item>& list) {
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
@@ -127,7 +126,6 @@ __device__ __forceinline__ void for_bins_that_see(const PixelTile& tile, const R
         is_hit = sees(runs[hit.y], tile.y, ROWS) && sees(runs[hit.x], tile.x, COLUMNS);
       }
       use(gather_hits(is_hit, hit, hits));
-      __syncthreads();
     }
   }
 }
@@ -139,7 +137,7 @@ __device__ __forceinline__ void store_pixels(const RoIGeometry& g, const PixelTi
   if (y >= g.height || tile.channel >= g.depth()) return;
 #pragma unroll
   for (int i = 0; i < COLUMNS; ++i) {
-    if (tile.x + i >= g.width) continue;
+    if (tile.x + i >= g.width) return;
     store(image + pixel_offset(g, tile.image, y, tile.x + i, tile.plane) + tile.channel, sums[i]);
   }
 }
