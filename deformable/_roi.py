@@ -701,7 +701,7 @@ def gather(
     chunks = -(-g.depth // (lanes * vec))
     order, starts = (xp.empty(size, np.int32) for size in (g.rois, g.batch + 1))
     _cuda.launch(
-        "roi.cu", "sort_by_image", (g.batch,), _line(g.rois), plan.images, order, starts, g,
+        "roi.cu", "sort_by_image", (g.batch + 1,), _line(g.rois), plan.images, order, starts, g,
         **macros(g, np.dtype(np.float32)),
     )  # fmt: skip
     _cuda.launch(

@@ -60,22 +60,18 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 }
 
 // A block lists the RoIs of one image, in their order: order (K,), and where in it those of each
-// image begin, starts (N + 1,). It reads the images of all RoIs twice.
+// image begin, starts (N + 1,); the last block finds the end. It reads the images of all RoIs twice.
 extern "C" __global__ void __launch_bounds__(256)
     sort_by_image(const int* __restrict__ images, int* __restrict__ order,
                   int* __restrict__ starts, const RoIGeometry g) {
   __shared__ List<int> list;
-  __shared__ int start;
   const int image = blockIdx.x;
-  int before = 0;
-  for (int roi = threadIdx.x; roi < g.rois; roi += blockDim.x) before += images[roi] < image;
-  if (threadIdx.x == 0) start = 0;
-  __syncthreads();
-  atomicAdd(&start, before);
-  __syncthreads();
-  int to = start;
+  int to = 0;
+  for (int first = 0; first < g.rois; first += blockDim.x) {
+    const int roi = first + threadIdx.x;
+    to += gather_hits(roi < g.rois && images[roi] < image, roi, list);
+  }
   if (threadIdx.x == 0) starts[image] = to;
-  if (threadIdx.x == 0 && image == g.batch - 1) starts[g.batch] = g.rois;
   for (int first = 0; first < g.rois; first += blockDim.x) {
     const int roi = first + threadIdx.x;
     const int found = gather_hits(roi < g.rois && images[roi] == image, roi, list);
@@ -105,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(256)
   const int64 strip = block / l.groups, image = strip / strips, pixel = strip % strips * SIDE;
   for (int i = threadIdx.y; i < SIDE; i += blockDim.y) {
     const int place = first + i, in_class = place % l.pitch;
-    if (place >= row || pixel + threadIdx.x >= pixels) continue;
+    if (place >= row || pixel + threadIdx.x >= pixels) break;
     const int of_group = place / l.pitch * l.depth + in_class;
     const int64 plane = image * l.channels + static_cast<int64>(of_group) * l.groups + group;
     const bool padding = in_class >= l.depth;
@@ -113,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(256)
   }
   __syncthreads();
   for (int i = threadIdx.y; i < SIDE; i += blockDim.y) {
-    if (first + threadIdx.x >= row || pixel + i >= pixels) continue;
+    if (first + threadIdx.x >= row || pixel + i >= pixels) break;
     const int64 at = (image * pixels + pixel + i) * l.groups + group;
     to[at * row + first + threadIdx.x] = tile[threadIdx.x][i];
   }
