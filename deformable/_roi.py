@@ -290,12 +290,11 @@ class Runs(NamedTuple):
         return self.start + (i + self.phase) * self.extent / self.total
 
     def before(self, q: np.ndarray | float) -> np.ndarray:
-        """How many samples lie before q: a quotient, then set right by the positions next to it."""
-        i = np.ceil((q - self.start) * (self.total / self.extent) - self.phase)
-        i = np.fmin(np.fmax(i, 0), self.total)  # NaN where all samples are at q
-        i -= self.position(i - 1) >= q
+        """How many samples lie before q: the sample next to q decides by its position."""
+        i = np.rint((q - self.start) * (self.total / self.extent) - self.phase)
+        i = np.fmin(np.fmax(i, 0), self.total)  # 0 where all samples are at q: that is NaN
         i += self.position(i) < q
-        return np.clip(i, 0, self.total)
+        return np.fmin(i, self.total)
 
     def taps(self, dtype: np.dtype, slopes: bool = False) -> "Taps":
         """What the pixels weigh that each run sees and, on demand, the slopes of the weights."""

@@ -12,6 +12,7 @@ from deformable import (
     roi_align,
     roi_align_backward,
 )
+from tests import reference_roi as reference
 from tests.arrays import host, on
 from tests.golden_cases import check_golden, golden_cases
 from tests.roi_cases import DEFORMABLE, functions, random_case
@@ -112,3 +113,21 @@ def test_bins_that_left_the_image_are_zero_and_send_nothing_back(xp):
         assert host(xp, forward(x, rois, offset, 1, mask=mask)).item() == 0
         for grad in backward(xp.ones((1, 1, 1, 1)), x, rois, offset, 1, mask=mask):
             assert not host(xp, grad).any()
+
+
+@pytest.mark.parametrize("name", DEFORMABLE)
+def test_bins_larger_than_a_tile_have_gradients(name, xp):
+    """Kernels weigh pixels in tiles of 16: a bin sees three of them along one axis."""
+    rng = np.random.default_rng(2)
+    arrays = {
+        "x": rng.normal(size=(1, 2, 44, 46)),
+        "rois": np.array([[0.0, 1, 2, 43, 12], [0, 2, 1, 14, 42]]),
+        "offset": rng.integers(-16, 17, (2, 2, 1, 1)) / 64,
+        "mask": rng.normal(size=(2, 1, 1)),
+    }
+    keywords = {"output_size": (1, 1), "sampling_ratio": (40, 44), "gamma": 0.5}
+    grad_y = rng.normal(size=(2, 2, 1, 1))
+    want = reference.pool_backward(name, grad_y, **arrays, **keywords)
+    have = functions(name)[1](xp.asarray(grad_y), **on(xp, arrays), **keywords)
+    for key, grad in have._asdict().items():
+        assert np.abs(host(xp, grad) - want[key]).max() <= 1e-12 * np.abs(want[key]).max()

@@ -379,6 +379,26 @@ def test_kernels_look_where_numpy_does(rule, seed, xp):
     if offsets:
         part_h, part_w = offset.shape[2:]
         g = g._replace(classes=offset.shape[1] // 2, part_h=part_h, part_w=part_w)
+    check_plan(xp, g, rule, rois, offset)
+
+
+def test_kernels_count_samples_next_to_the_border_as_numpy_does(xp):
+    """They lie on the border but for rounding errors, which are largest far from the origin."""
+    if xp is np:
+        pytest.skip("is what kernels are compared with")
+    rng, k = np.random.default_rng(23), 200
+    size = np.array([1 << 20, 1 << 10])
+    border = rng.choice([-1, 0, 1], (k, 2))
+    border = np.where(border == 1, size - rng.integers(0, 2, (k, 2)), border)
+    length = 10 ** rng.uniform(-6, 2, (k, 2))
+    first = border + 0.5 - (rng.integers(0, 3, (k, 2)) + 0.5) * length / 3
+    rois = np.concatenate([np.zeros((k, 1)), first, first + length], axis=1)
+    x = np.broadcast_to(0.0, (1, 1, *size[::-1]))
+    g = _roi.roi_geometry("a test", x, rois, 1, 1.0, sampling_ratio=3)
+    check_plan(xp, g, ALIGNED, rois, None)
+
+
+def check_plan(xp, g, rule, rois, offset):
     box = _roi.boxes("a test", g, rule, rois)
     with np.errstate(divide="ignore", invalid="ignore"):
         at = _roi.make_bins(g, rule, box, offset)
@@ -401,10 +421,10 @@ def test_kernels_look_where_numpy_does(rule, seed, xp):
             want = first[own].min(initial=size), end[own].max(initial=0)
             assert tuple(reaches[roi, column : column + 2]) == want
 
-    assert (plan.table is None) == offsets
-    if not offsets:
+    assert (plan.table is None) == (offset is not None)
+    if offset is None:
         taps = at.runs.taps(np.float64)
-        weights = np.zeros((len(runs), 64))
+        weights = np.zeros((len(runs), 128))
         number = np.repeat(np.arange(len(runs)), taps.length)
         weights[number, taps.pixel - first[number].astype(int)] = taps.weight
         assert_equal_up_to(1e-13, host(xp, plan.table), weights[:, : _roi.TILE])
@@ -679,6 +699,9 @@ def test_gradients_leave_pixels_without_weight_alone(name, xp):
     seen = np.zeros(x.shape)
     seen[..., 2, 2] = np.inf
     assert_array_equal(host(xp, grads["x"]), seen)
+    arrays["mask"][:] = 0
+    grads = gradients(name, xp.full((1, 1, 1, 1), 2.0), on(xp, arrays), keywords)
+    assert not host(xp, grads["offset"]).any()
 
 
 # ---- arguments

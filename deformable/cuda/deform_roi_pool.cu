@@ -23,13 +23,13 @@ extern "C" __global__ void __launch_bounds__(256, 2)
                                       plane_of(g, bin));
   const int depth = g.depth();
   Weights& weights = tables[threadIdx.y];
-  A products[3] = {0, 0, 0};
+  A products[3] = {};
   for (int ty = 0; ty < along_y.pixels; ty += TILE) {
     for (int tx = 0; tx < along_x.pixels; tx += TILE) {
       list_weights(weights, [&](int axis, int place) -> Weight {
         const Run& run = axis ? along_x : along_y;
         const int step = (axis ? tx : ty) + place;
-        if (step >= run.pixels) return {0, 0, 0};
+        if (step >= run.pixels) return {};
         const Tap tap = tap_of(run, run.pixel + step, axis ? g.width : g.height);
         const A factor = axis ? 1 : mean;
         return {static_cast<A>(tap.weight) * factor, step * step_of(g, axis),

@@ -69,16 +69,14 @@ struct Run {
     return start + __dmul_rn(i + phase, extent) / total;
   }
 
-  // How many samples lie before q. The product is off by some rounding errors: where it is that
-  // close to a whole number, or none at all, the positions next to it decide.
+  // How many samples lie before q: the product is off by some rounding errors, and where that may
+  // matter the position of the sample next to q decides.
   __device__ double before(double q) const {
-    const double guess = __dmul_rn(q - start, rate) - phase;
-    double i = fmin(fmax(ceil(guess), 0.), total);  // NaN where all samples are at q
+    const double guess = __dmul_rn(q - start, rate) - phase, nearest = rint(guess);
     const double error = 1e-12 * ((fabs(q) + fabs(start)) * rate + 1);
-    if (fabs(guess - rint(guess)) > error) return i;
-    if (position(i - 1) >= q) i -= 1;
-    if (position(i) < q) i += 1;
-    return fmin(fmax(i, 0.), total);
+    if (fabs(guess - nearest) > error) return fmin(fmax(ceil(guess), 0.), total);
+    const double i = fmin(fmax(nearest, 0.), total);  // 0 where all samples are at q: that is NaN
+    return fmin(position(i) < q ? i + 1 : i, total);
   }
 };
 
