@@ -499,7 +499,8 @@ class Pattern(NamedTuple):
         """
         line = getattr(self.taps, y)[self.line]
         if scale is not None:
-            line *= scale.astype(line.dtype)[self.row]
+            scale = scale.astype(line.dtype)
+            line *= scale[self.row]
         data = np.repeat(line, self.length) * getattr(self.taps, x)[self.entry]
         if scale is not None and not np.isfinite(scale).all():
             seen = np.repeat(getattr(self.taps, y)[self.line], self.length)

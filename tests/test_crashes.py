@@ -135,11 +135,15 @@ def test_offsets_of_opposite_infinities_are_outside_and_no_nan(name, xp):
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_an_infinite_mask_stays_with_the_pixels_of_its_bin(moved, xp):
-    """Pixels that the bin does not see get no 0 · inf, not even those that it may move to."""
-    x, rois = xp.ones((1, 1, 8, 8)), xp.asarray(np.array([[0.0, 2, 2, 3, 3]]))
-    mask, offset = xp.full((1, 1, 1), np.inf), xp.zeros((1, 2, 1, 1)) if moved else None
-    grads = deform_roi_pool_backward(xp.ones((1, 1, 1, 1)), x, rois, offset, 1, mask=mask)
+@pytest.mark.parametrize("dtype, value", [(np.float64, np.inf), (np.float32, 1e300)])
+def test_an_infinite_mask_stays_with_the_pixels_of_its_bin(dtype, value, moved, xp):
+    """Pixels that the bin does not see get no 0 · inf, not even those that it may move to.
+
+    Infinite is also what the dtype of the sums cannot hold.
+    """
+    x, rois = xp.ones((1, 1, 8, 8), dtype), xp.asarray(np.array([[0.0, 2, 2, 3, 3]]))
+    mask, offset = xp.full((1, 1, 1), value), xp.zeros((1, 2, 1, 1)) if moved else None
+    grads = deform_roi_pool_backward(xp.ones((1, 1, 1, 1), dtype), x, rois, offset, 1, mask=mask)
     seen = np.zeros((8, 8), bool)
     seen[2, 2] = True
     assert_array_equal(~np.isfinite(host(xp, grads.x)[0, 0]), seen)
