@@ -29,6 +29,7 @@ class WeightLayout(NamedTuple):
 
     outs: int
     run: int
+    out_units: int
     rows: int
     rows_shared: int
     samples: int
@@ -56,6 +57,7 @@ class ColumnLayout(NamedTuple):
 
     outs: int
     run: int
+    out_units: int
     runs: int
     rows: int
     rows_shared: int
@@ -82,6 +84,27 @@ def covers(g: "ConvGeometry", x: Array) -> bool:
     """Whether these kernels compute the gradients of this convolution on the device of ``x``."""
     grid = g.offset_groups <= _fused.GRID_MAX
     return grid and not _fused.is_depthwise(g) and _fused.covers(g, x)
+
+
+def pack_rows(g: "ConvGeometry", grad_y: Array) -> Array:
+    """The gradient of the output rows (N · Ho · Wo, O), in whole units of 16 bytes of every group.
+
+    It is a copy only if it must be: where groups do not end with a unit, or for TF32, rounded.
+    """
+    unit, outs = _fused.UNIT_BYTES // grad_y.itemsize, g.out_channels // g.groups
+    terms = _fused.terms(grad_y.dtype)
+    aligned = outs % unit == 0 and grad_y.data.ptr % _fused.UNIT_BYTES == 0
+    if aligned and (terms == 3 or grad_y.dtype != np.float32):
+        return grad_y
+    out_units = -(-outs // unit)
+    units = len(grad_y) * g.groups * out_units
+    packed = array_module(grad_y).empty((units, unit), grad_y.dtype)
+    _cuda.launch(
+        "fused_gradient_rows.cu", "pack_rows", (-(-units // 256),), (256,),
+        grad_y, packed, outs, out_units, units,
+        DTYPE=grad_y.dtype, INDEX="int", VEC=unit, TERMS=terms,
+    )  # fmt: skip
+    return packed
 
 
 @functools.lru_cache(maxsize=CALLS)
@@ -119,7 +142,7 @@ def weight_variant(
         parts=parts,
         shared=PLANS * corners * 8 + rows,
         layout=WeightLayout(
-            outs=outs, run=run, rows=g.channels // run,
+            outs=outs, run=run, out_units=-(-outs // unit), rows=g.channels // run,
             rows_shared=g.channels // g.offset_groups // run, samples=samples,
             run_units=run_units, planned=planned, plans=plans,
             tiles_o=tiles_o, tiles_c=tiles_c, split=split,
@@ -135,7 +158,7 @@ def weight_gradient(
     offset: Array | None = None,
     mask: Array | None = None,
 ) -> Array:
-    """The gradient of ``weight``, given that of the output rows (N · Ho · Wo, O).
+    """The gradient of ``weight``, given that of the result as :func:`pack_rows` answers it.
 
     ``image`` is (N, H, W, C); the convolution is deformable if there is an ``offset``.
     """
@@ -148,7 +171,6 @@ def weight_gradient(
     macros |= {
         "TILE_O": v.tile_o,
         "VEC": _cuda.vector_width(v.layout.run, image),
-        "VEC_Y": _cuda.vector_width(v.layout.outs, grad_y),
     }
     tile_c = UNITS * _fused.UNIT_BYTES // image.itemsize
     out = xp.empty(weight.shape, image.dtype)
@@ -197,7 +219,8 @@ def column_variant(
         stages=g.offset_groups * slots * rows_shared * chunks * steps,
         shared=2 * stage * _fused.UNIT_BYTES + totals + samples * TILE_M * 32,
         layout=ColumnLayout(
-            outs=outs, run=run, runs=g.channels // g.groups // run, rows=g.channels // run,
+            outs=outs, run=run, out_units=-(-outs // unit),
+            runs=g.channels // g.groups // run, rows=g.channels // run,
             rows_shared=rows_shared, lane_bits=lanes.bit_length() - 1, samples=samples,
             slots=slots, chunks=chunks, steps=steps, split=split,
         ),
@@ -217,13 +240,12 @@ def column_gradients(
     It is called with the first of some positions, their number, and arrays to fill in, or None:
     the gradients of the columns of these positions, as in ``cuda/conv.cuh``, of all offsets
     (N · Ho · Wo, G, taps, 2) and of all masks (N · Ho · Wo, G, taps).
-    ``image`` is (N, H, W, C), ``grad_y`` the gradient of the output rows (N · Ho · Wo, O).
+    ``image`` is (N, H, W, C), ``grad_y`` what :func:`pack_rows` answers.
     """
     xp = array_module(image)
     macros = _fused.macros(image, offset, mask) | {
         "TERMS": _fused.terms(image.dtype),
         "VEC": _cuda.vector_width(_fused.run_length(g), image),
-        "VEC_Y": _cuda.vector_width(g.out_channels // g.groups, grad_y),
     }
     processors, _ = _fused.resources(image.device.id)
     cut = functools.partial(column_variant, g, image.itemsize, macros["TERMS"], processors)

@@ -476,6 +476,8 @@ def _cuda_backward(g, grad_y, x, weight, wanted):
 def _fused_gradients(g, grad, image, weight, wanted):
     """The gradients by kernels that make columns, and multiply for their gradients, themselves."""
     grad_image = grad_weight = None
+    if wanted & {"x", "weight"}:
+        grad = _fused_backward.pack_rows(g, grad)
     if "weight" in wanted:
         grad_weight = _fused_backward.weight_gradient(g, grad, image, weight)
     if "x" in wanted:

@@ -175,7 +175,9 @@ def deform_conv2d_backward(
     On a GPU a call allocates, beside its results, packed weights, the gradient of `x` in the dtype
     of sums and copies of arrays that do not lie channels-last, at most ``WORKSPACE_BYTES``, 128 MB:
     partial sums of the gradient of the weights, and later the columns and samples of a chunk of
-    positions. To these come 8 bytes per pixel and offset group of the images of a chunk.
+    positions. To these come 8 bytes per pixel and offset group of the images of a chunk, and one
+    more copy of `grad_y` if it is rounded to TF32, or if the output channels of a group are no
+    multiples of 16 bytes, to which they are filled up.
 
     Examples
     --------
@@ -386,14 +388,16 @@ def _fused_gradients(g, grad, image, offset, weight, mask, wanted):
     """The gradients by kernels that make, or use up, columns in registers."""
     xp, dtype = array_module(image), compute_dtype(image.dtype)
     grad_image = grad_offset = grad_weight = grad_mask = None
+    if wanted - {"bias"}:
+        packed = _fused_backward.pack_rows(g, grad)
     if "weight" in wanted:
-        grad_weight = _fused_backward.weight_gradient(g, grad, image, weight, offset, mask)
+        grad_weight = _fused_backward.weight_gradient(g, packed, image, weight, offset, mask)
     if wanted & {"offset", "mask"}:
         grad_offset = xp.empty((len(grad), g.offset_groups, g.taps, 2), offset.dtype)
     if "mask" in wanted:
         grad_mask = xp.empty(grad_offset.shape[:3], mask.dtype)
     if wanted & {"x", "offset", "mask"}:
-        column_gradients = _fused_backward.column_gradients(g, grad, image, weight, offset, mask)
+        column_gradients = _fused_backward.column_gradients(g, packed, image, weight, offset, mask)
     if "x" in wanted:
         grad_image = xp.zeros(image.shape, dtype)
         for first, count in _chunks(g, image):

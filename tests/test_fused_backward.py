@@ -19,7 +19,16 @@ from deformable import (
 from deformable.testing import error_bound
 from tests.arrays import on
 from tests.conftest import HAVE_GPU, kernels
-from tests.test_fused import PRECISIONS, SHAPES, TF32, geometry, launched, plain, random_case
+from tests.test_fused import (
+    PRECISIONS,
+    SHAPES,
+    TF32,
+    geometry,
+    inner_case,
+    launched,
+    plain,
+    random_case,
+)
 
 cupy = pytest.importorskip("cupy")
 
@@ -93,9 +102,16 @@ def check(operator, arrays, keywords, precision="highest", wrt=None):
 
 # ---- shapes
 
+# Where a dtype has no code of its own but what loads and rounds, some shapes suffice.
+SOME = ["positions fill tiles", "channels end within a load"]
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("precision", PRECISIONS)
+
+def shapes(*precisions):
+    """Every shape for these precisions, some for the others."""
+    return [(p, name) for p in PRECISIONS for name in (SHAPES if p in precisions else SOME)]
+
+
+@pytest.mark.parametrize(("precision", "name"), shapes("float16", "float32"))
 def test_gradients_of_a_deformable_convolution_of_any_shape(name, precision, order, launched):
     dtype, mode = PRECISIONS[precision]
     arrays, keywords = random_case(dtype, **SHAPES[name])
@@ -103,13 +119,21 @@ def test_gradients_of_a_deformable_convolution_of_any_shape(name, precision, ord
     assert KERNELS & set(launched) == {"weight_gradient", "column_gradient", "image_gradient"}
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("precision", ["float16", "float32"])
+@pytest.mark.parametrize(("precision", "name"), shapes("float32"))
 def test_gradients_of_a_plain_convolution_of_any_shape(name, precision, order, launched):
     dtype, mode = PRECISIONS[precision]
     arrays, keywords = plain(*random_case(dtype, **SHAPES[name]))
     check(conv2d, with_gradient(conv2d, arrays, keywords), keywords, mode)
     assert KERNELS & set(launched) == {"weight_gradient", "column_gradient"}
+
+
+@pytest.mark.parametrize("channels", [8, 16, 40, 64])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_loads_that_check_nothing_stay_within_the_image(channels, precision, order):
+    """All corners are pixels, the last one too; channels fill a tile, or end within one."""
+    dtype, mode = PRECISIONS[precision]
+    arrays, keywords = inner_case(dtype, channels, taps=4)
+    check(deform_conv2d, with_gradient(deform_conv2d, arrays, keywords), keywords, mode)
 
 
 # ---- how the work is cut into pieces
@@ -122,9 +146,9 @@ def test_positions_and_taps_may_be_split_among_blocks(
 ):
     monkeypatch.setattr(_fused, "resources", lambda device: (processors, 228 << 10))
     dtype, mode = PRECISIONS[precision]
-    arrays, keywords = random_case(dtype, n=3, c=24, h=17, w=15, o=12, offset_groups=2)
+    arrays, keywords = random_case(dtype, n=3, c=32, h=17, w=15, o=12, offset_groups=2)
     arrays = with_gradient(deform_conv2d, arrays, keywords)
-    g = geometry(dtype, n=3, c=24, h=17, w=15, o=12, offset_groups=2)
+    g = geometry(dtype, n=3, c=32, h=17, w=15, o=12, offset_groups=2)
     size, terms = arrays["x"].itemsize, 3 if precision == "float32" else 1
     weights = _fused_backward.weight_variant(g, size, terms, 4, processors, 1 << 20)
     columns = _fused_backward.column_variant(g, size, terms, processors, 3 * 17 * 15)
@@ -136,7 +160,7 @@ def test_positions_and_taps_may_be_split_among_blocks(
 @pytest.mark.parametrize("precision", ["float16", "float32"])
 def test_little_memory_makes_more_pieces(operator, precision, order, launched, monkeypatch):
     dtype, mode = PRECISIONS[precision]
-    arrays, keywords = random_case(dtype, n=3, c=36, h=9, w=8, o=140, offset_groups=3)
+    arrays, keywords = random_case(dtype, n=3, c=24, h=9, w=8, o=140, offset_groups=3)
     if operator is conv2d:
         arrays, keywords = plain(arrays, keywords)
     arrays = with_gradient(operator, arrays, keywords)
@@ -153,7 +177,7 @@ def test_little_memory_makes_more_pieces(operator, precision, order, launched, m
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_only_what_is_asked_for_is_computed(precision, order, launched):
     dtype, mode = PRECISIONS[precision]
-    arrays, keywords = random_case(dtype, c=24, offset_groups=2)
+    arrays, keywords = random_case(dtype, c=32, offset_groups=2)
     arrays = with_gradient(deform_conv2d, arrays, keywords)
     everything = check(deform_conv2d, arrays, keywords, mode)
     kernels_of = {
@@ -177,7 +201,7 @@ def test_only_what_is_asked_for_is_computed(precision, order, launched):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_ten_runs_are_bitwise_equal(operator, precision):
     dtype, mode = PRECISIONS[precision]
-    arrays, keywords = random_case(dtype, n=2, c=24, h=9, w=16, o=12, offset_groups=2)
+    arrays, keywords = random_case(dtype, n=2, c=32, h=9, w=16, o=12, offset_groups=2)
     if operator is conv2d:
         arrays, keywords = plain(arrays, keywords)
     arrays = on(cupy, with_gradient(operator, arrays, keywords))
@@ -226,7 +250,7 @@ def test_float32_is_not_rounded_to_tf32(order):
 def test_nan_and_infinities_go_where_they_go_in_numpy(array, value, precision, order):
     """Also those that 3 products for one would turn into NaN, as inf − inf."""
     dtype, mode = PRECISIONS[precision]
-    arrays, keywords = random_case(dtype, n=2, c=8, groups=2, offset_groups=2, o=6, h=4, w=4)
+    arrays, keywords = random_case(dtype, n=2, c=16, groups=2, offset_groups=2, o=6, h=4, w=4)
     arrays = with_gradient(deform_conv2d, arrays, keywords)
     rng = np.random.default_rng(1)
     for _ in range(3):
@@ -245,7 +269,7 @@ def test_nan_and_infinities_go_where_they_go_in_numpy(array, value, precision, o
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_is_outside_is_never_seen(precision, order):
     dtype, mode = PRECISIONS[precision]
-    arrays, keywords = random_case(dtype, c=20, o=8)
+    arrays, keywords = random_case(dtype, c=24, o=8)
     arrays["offset"][:] = -50
     arrays = with_gradient(deform_conv2d, arrays, keywords)
     arrays["x"][:] = np.inf
@@ -258,11 +282,14 @@ def test_what_is_outside_is_never_seen(precision, order):
 # ---- arrays as they are
 
 
-@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
-def test_offsets_and_masks_keep_their_dtypes(kind, order):
+@pytest.mark.parametrize(
+    ("offset", "mask"),
+    [(np.float16, np.float32), (np.float32, np.float64), (np.float64, np.float16)],
+)
+def test_offsets_and_masks_keep_their_dtypes(offset, mask, order):
     arrays, keywords = random_case(np.float16)
-    arrays["offset"] = arrays["offset"].astype(kind)
-    arrays["mask"] = arrays["mask"].astype(np.float32)
+    arrays["offset"] = arrays["offset"].astype(offset)
+    arrays["mask"] = arrays["mask"].astype(mask)
     check(deform_conv2d, with_gradient(deform_conv2d, arrays, keywords), keywords)
 
 
@@ -277,6 +304,39 @@ def test_arrays_are_read_through_any_strides(order):
     have = deform_conv2d_backward(**given, **keywords)
     for a, b in zip(have, want, strict=True):
         assert_array_equal(a.get(), b.get())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_gradient_of_the_result_is_copied_only_if_it_must_be(precision, order):
+    dtype, mode = PRECISIONS[precision]
+    unit = 16 // np.dtype(dtype).itemsize
+    flat = cupy.asarray(np.random.default_rng(0).normal(size=6 * 2 * unit + 1).astype(dtype))
+    rows, misaligned = flat[:-1].reshape(6, -1), flat[1:].reshape(6, -1)
+    with deformable.float32_precision(mode):
+        for groups in 1, 2, 4:
+            g = geometry(dtype, c=16, o=2 * unit, groups=groups)
+            filled = 2 * unit // groups % unit
+            packed = _fused_backward.pack_rows(g, rows)
+            assert (packed is rows) == (not filled and precision != "tf32")
+            for given in rows, misaligned:
+                packed = _fused_backward.pack_rows(g, given).get().reshape(6, groups, -1)
+                want = np.zeros((6, groups, unit if filled else 2 * unit // groups), dtype)
+                want[..., : 2 * unit // groups] = given.get().reshape(6, groups, -1)
+                if precision == "tf32":
+                    want = ((want.view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
+                    packed = (packed.view(np.uint32) & 0xFFFFE000).view(np.float32)
+                assert_array_equal(packed, want)
+
+
+def test_nan_stays_nan_in_tf32(order):
+    """Also one of all bits, whose rounding would be zero."""
+    arrays, keywords = plain(*random_case(np.float32, o=4))
+    arrays = with_gradient(conv2d, arrays, keywords)
+    arrays["grad_y"].view(np.uint32)[0, 2, 3, 4] = 0x7FFFFFFF
+    with deformable.float32_precision("high"):
+        grads = conv2d_backward(**on(cupy, arrays), **keywords)
+    assert np.isnan(grads.weight.get()[2]).all() and np.isnan(grads.x.get()[0, :, 3, 4]).all()
+    assert not np.isnan(grads.weight.get()[1]).any()
 
 
 @pytest.mark.skipif(HAVE_GPU, reason="the substitute counts allocations")

@@ -24,7 +24,7 @@
 // 2 or 4 samples, taps that follow each other: a slot. Tiles go by slot, by run, through the run.
 //
 // Macros: DTYPE, TERMS, TILE_N, CORNERS (1: neither offsets nor masks), VEC (channels per load and
-// store), VEC_Y (of grad_y), OFFSET, MASK.
+// store), OFFSET, MASK.
 #define WARPS 4
 #include "fused_product.cuh"
 
@@ -38,6 +38,7 @@ constexpr int BLOCKS = 2;  // of a multiprocessor: registers
 
 struct Layout {
   int outs, run;    // output channels of a group of weights; channels of a run
+  int out_units;    // of a group of weights, in grad_y: they end with zeros
   int runs, rows;   // runs of a group of weights, and of a pixel
   int rows_shared;  // consecutive rows with the same samples, those of an offset group
   int lane_bits;    // 1 << lane_bits lanes of a quad share a sample
@@ -88,10 +89,12 @@ struct alignas(16) SamplePlan {
   A ly, lx, scale;
 };
 
-// Plans a slot for the thread's own output position; only its warp reads that.
-__device__ __forceinline__ void plan_slot(const ConvGeometry& g, const Layout& l,
+// Plans a slot for the thread's own output position; only its warp reads that. Answers if all samples
+// of the warp exist, and all of their corners.
+__device__ __forceinline__ bool plan_slot(const ConvGeometry& g, const Layout& l,
                                           const Places& places, int position, bool exists,
                                           int first_tap, int offset_group, SamplePlan* own) {
+  bool inside = true;
   __syncwarp();  // the last plan has been read
   for (int n = 0; n < l.samples; ++n) {
     SamplePlan p = {{-1, -1, -1, -1}, 0, 0, 0};
@@ -107,37 +110,42 @@ __device__ __forceinline__ void plan_slot(const ConvGeometry& g, const Layout& l
         p.pixel[corner] = pixel < 0 ? -1 : (out.image * g.height * g.width + pixel) * l.rows;
       }
     }
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) inside &= p.pixel[corner] >= 0;
     own[n * TILE_M] = p;
   }
   __syncwarp();
+  return __all_sync(0xffffffffu, inside);
 }
 
 typedef float Sums[N8][2][4];  // of an n8 tile with 16 rows, twice
 
-// The lane's units of grad_y, 16 bytes of each of its rows, zeros from output channel `left` on.
+// The lane's units of its rows of grad_y, or zeros where they do not `exist`.
 template <bool CHECKED>
-__device__ __forceinline__ void load_rows(Unit (&a)[ROWS], const char* const (&rows)[ROWS],
-                                          int first_byte, int left) {
+__device__ __forceinline__ void load_rows(Unit (&a)[ROWS], const char* const (&rows)[ROWS], int byte,
+                                          bool exist) {
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) a[r] = load_unit<VEC_Y, CHECKED>(rows[r] + first_byte, true, left);
+  for (int r = 0; r < ROWS; ++r) a[r] = load_unit<UNIT, CHECKED>(rows[r] + byte, exist, UNIT);
 }
 
-// Unit u of row r of a tile's sums, zeros from column `left` on. `nan` becomes true if there is one.
-__device__ __forceinline__ void take(float (&value)[UNIT], const Sums& sums, int u, int r, int left,
-                                     bool& nan) {
+// Whether a sum is NaN; also if one is infinite, which costs no more than time.
+__device__ __forceinline__ bool any_nan(const Sums& sums) {
+  float zero = 0;
+#pragma unroll
+  for (int i = 0; i < N8 * 2 * 4; ++i) zero += 0 * sums[i / 8][i / 4 % 2][i % 4];
+  return zero != 0;
+}
+
+// Unit u of row r of a tile's sums, zeros from column `left` on.
+__device__ __forceinline__ void take(float (&value)[UNIT], const Sums& sums, int u, int r, int left) {
 #pragma unroll
   for (int e = 0; e < UNIT; ++e) {
-    value[e] = sums[u * SPAN + e / 2][r / 2][r % 2 * 2 + e % 2];
-    nan |= isnan(value[e]);
-  }
-  if (left >= UNIT) return;
-#pragma unroll
-  for (int e = 0; e < UNIT; ++e) {
-    if (e >= left) value[e] = 0;
+    value[e] = e < left ? sums[u * SPAN + e / 2][r / 2][r % 2 * 2 + e % 2] : 0;
   }
 }
 
-// Adds the products with the corners' channels.
+// Adds the products with the corners' channels. CHECKED: zeros outside, and from channel `left` on.
+template <bool CHECKED>
 __device__ __forceinline__ void add_dots(A (&dots)[4], const float (&value)[UNIT],
                                          const int (&pixel)[4], const char* channels, int run_bytes,
                                          int left) {
@@ -145,7 +153,7 @@ __device__ __forceinline__ void add_dots(A (&dots)[4], const float (&value)[UNIT
   for (int corner = 0; corner < 4; ++corner) {
     const char* const from = advance(channels, pixel[corner], run_bytes);
     float seen[UNIT];
-    Math<T>::unpack(seen, load_unit<VEC, true>(from, pixel[corner] >= 0, left));
+    Math<T>::unpack(seen, load_unit<VEC, CHECKED>(from, pixel[corner] >= 0, left));
 #pragma unroll
     for (int e = 0; e < UNIT; ++e) dots[corner] += seen[e] * value[e];
   }
@@ -156,22 +164,23 @@ __device__ __forceinline__ void store_unit(T* to, const float (&value)[UNIT], in
 #pragma unroll
   for (int v = 0; v < UNIT; v += VEC) {
     if (v >= left) continue;
-    Vector part;
+    Pack<T> part;
 #pragma unroll
-    for (int e = 0; e < VEC; ++e) part.value[e] = value[v + e];
-    if (all) {
-      store(to + v, part);
+    for (int e = 0; e < VEC; ++e) {
+      part.value[e] = static_cast<T>(value[v + e]);
+      if (!all && isinf(value[v + e])) to[v + e] = part.value[e];
+    }
+    if (!all) continue;
+    if constexpr (VEC == UNIT) {  // the compiler makes four stores of one of a struct
+      __stcg(reinterpret_cast<uint4*>(to), reinterpret_cast<const uint4&>(part));
     } else {
-#pragma unroll
-      for (int e = 0; e < VEC; ++e) {
-        if (isinf(part.value[e])) to[v + e] = static_cast<T>(part.value[e]);
-      }
+      *reinterpret_cast<Pack<T>*>(to + v) = part;
     }
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    column_gradient(const T* __restrict__ grad_y, const T* __restrict__ image,
+    column_gradient(const Unit* __restrict__ grad_y, const T* __restrict__ image,
                     const OFFSET* __restrict__ offset, const MASK* __restrict__ mask,
                     const Unit* __restrict__ packed, T* __restrict__ grad_columns,
                     OFFSET* __restrict__ grad_offset, MASK* __restrict__ grad_mask,
@@ -197,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     const int64 position = first_position + min(row + 8 * r, rows - 1);
-    own_rows[r] = reinterpret_cast<const char*>(grad_y + position * g.out_channels + t * UNIT);
+    own_rows[r] = reinterpret_cast<const char*>(grad_y + position * (g.groups * l.out_units) + t);
   }
 
   const int64 column_step = static_cast<int64>(taps) * (g.channels / g.groups);  // to the next row
@@ -218,9 +227,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     int stage = 0;  // of the ring
     fetch(stage);
     for (int slot = first_slot; slot < last_slot; ++slot) {
+      bool inside = rows >= TILE_M && (slot + 1) * l.samples <= taps;  // all samples of the warp
       if (dots_wanted) {
-        plan_slot(g, l, places, first_position + threadIdx.x, threadIdx.x < rows,
-                  slot * l.samples, offset_group, plan + threadIdx.x);
+        inside = plan_slot(g, l, places, first_position + threadIdx.x, threadIdx.x < rows,
+                           slot * l.samples, offset_group, plan + threadIdx.x);
       }
       const int tap = slot * l.samples + own_sample;
       A dots[ROWS][4] = {};
@@ -231,22 +241,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         Sums sums = {};
 #pragma unroll
         for (int i = 0; i < TOTALS; i += THREADS) totals[threadIdx.x + i] = {};
-        int byte = group * l.outs * sizeof(T), outs_left = l.outs;  // of the next step
+        int byte = group * l.out_units * 16, units_left = l.out_units;  // of the next step
         Unit next[ROWS];
         const auto load_next = [&] {
-          if (outs_left >= 4 * UNIT) {
-            load_rows<false>(next, own_rows, byte, UNIT);
+          if (units_left >= 4) {
+            load_rows<false>(next, own_rows, byte, true);
           } else {
-            load_rows<true>(next, own_rows, byte, outs_left - t * UNIT);
+            load_rows<true>(next, own_rows, byte, t < units_left);
           }
           byte += 64;
-          outs_left -= 4 * UNIT;
+          units_left -= 4;
         };
         load_next();
         for (int left = l.steps; left > 0; --left) {
           Unit a[ROWS];
 #pragma unroll
-          for (int r = 0; r < ROWS; ++r) a[r] = operand(next[r]);
+          for (int r = 0; r < ROWS; ++r) a[r] = moved(next[r]);
           load_next();
           cp_async_wait<0>();
           __syncthreads();
@@ -259,32 +269,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           if (TERMS == 3 && left % CHAIN == 0) promote<false, THREADS>(sums, totals + threadIdx.x);
           stage ^= STAGE;
         }
-        if (TERMS == 3) promote<true, THREADS>(sums, totals + threadIdx.x);
+        if constexpr (TERMS == 3) {
+          promote<true, THREADS>(sums, totals + threadIdx.x);
+          nan |= any_nan(sums);
+        }
 
-const int channel = image_row * l.run + ((chunk * UNITS << l.lane_bits) + own_unit) * UNIT;
+        const int first_unit = (chunk * UNITS << l.lane_bits) + own_unit;
+        const int channel = image_row * l.run + first_unit * UNIT;
+        const int channels_left = l.run - first_unit * UNIT;
         const char* const pixels = reinterpret_cast<const char*>(image + channel);
-        T* const columns =
-            grad_columns + column_offset(g, count, tile_row + row, tap, channel);
-        int channels_left = (image_row + 1) * l.run - channel;
+        T* const columns = grad_columns + column_offset(g, count, tile_row + row, tap, channel);
+        const bool all_exist = inside && ((chunk + 1) * UNITS << l.lane_bits) * UNIT <= l.run;
+        const auto use = [&](const bool whole) {  // whole: nothing to check
 #pragma unroll
-        for (int u = 0; u < UNITS; ++u) {
-          // as a branch, it also keeps the loads of too many corners apart
-          if (channels_left <= 0) break;
-          const int first_channel = u * UNIT << l.lane_bits;
+          for (int u = 0; u < UNITS; ++u) {
+            const int first_channel = u * UNIT << l.lane_bits;
+            const int left = whole ? UNIT : channels_left - first_channel;
 #pragma unroll
-          for (int r = 0; r < ROWS; ++r) {
-            float value[UNIT];
-            take(value, sums, u, r, channels_left, nan);
-            if (dots_wanted) {
-              add_dots(dots[r], value, own_plan[8 * r].pixel, pixels + first_channel * sizeof(T),
-                       run_bytes, channels_left);
-            }
-            if (grad_columns && row + 8 * r < rows && tap < taps) {
-              store_unit(columns + 8 * r * column_step + first_channel, value, channels_left,
-                         corrected);
+            for (int r = 0; r < ROWS; ++r) {
+              // as a branch, it also keeps the loads of too many corners apart
+              if (r % 2 == 0 && first_channel >= channels_left) break;
+              float value[UNIT];
+              take(value, sums, u, r, left);
+              if (dots_wanted) {
+                const char* const from = pixels + first_channel * sizeof(T);
+                const int(&pixel)[4] = own_plan[8 * r].pixel;
+                if (whole) {
+                  add_dots<false>(dots[r], value, pixel, from, run_bytes, left);
+                } else {
+                  add_dots<true>(dots[r], value, pixel, from, run_bytes, left);
+                }
+              }
+              if (grad_columns && (whole || (row + 8 * r < rows && tap < taps))) {
+                store_unit(columns + 8 * r * column_step + first_channel, value, left,
+                           whole || corrected);
+              }
             }
           }
-          channels_left -= UNIT << l.lane_bits;
+        };
+        if (VEC == UNIT && all_exist && corrected) {
+          use(true);
+        } else {
+          use(false);
         }
       }
 

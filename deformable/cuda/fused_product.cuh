@@ -78,16 +78,10 @@ template <> struct Math<float> {
   }
 };
 
-// A unit that was loaded, as an operand of tensor cores, which cut off what TF32 has not.
-__device__ __forceinline__ Unit operand(Unit u) {
-  if constexpr (sizeof(T) == 4) {
-    float value[UNIT];
-    Math<T>::unpack(value, u);
-    Math<T>::round(u, value);
-  } else {
+// A unit that was loaded, in registers of its own: see ptx.cuh.
+__device__ __forceinline__ Unit moved(Unit u) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) u.reg[i] = moved(u.reg[i]);
-  }
+  for (u32& reg : u.reg) reg = moved(reg);
   return u;
 }
 

@@ -25,7 +25,7 @@
 // Columns are counted in units: (run, tap, unit of the run), see fused_conv.cu for runs. A thread
 // gathers the same unit of columns for one position of every stage.
 //
-// Macros: DTYPE, TERMS, TILE_O, CORNERS, VEC (channels per load), VEC_Y (of grad_y), OFFSET, MASK.
+// Macros: DTYPE, TERMS, TILE_O, CORNERS, VEC (channels per load), OFFSET, MASK.
 #define WARPS 8
 #include "fused_product.cuh"
 
@@ -43,6 +43,7 @@ constexpr int COPIED = (STAGE * UNITS_O + THREADS - 1) / THREADS;
 
 struct Layout {
   int outs, run;         // output channels of a group of weights; channels of a run
+  int out_units;         // of a group of weights, in grad_y: they end with zeros
   int rows;              // runs of a pixel: the image is read as rows of a run
   int rows_shared;       // consecutive rows with the same samples, those of an offset group
   int samples;           // of a group of weights: all taps of its runs
@@ -138,7 +139,7 @@ __device__ __forceinline__ void multiply_stage(Sums& sums, const T* tile_y, cons
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-    weight_gradient(const T* __restrict__ grad_y, const T* __restrict__ image,
+    weight_gradient(const Unit* __restrict__ grad_y, const T* __restrict__ image,
                     const OFFSET* __restrict__ offset, const MASK* __restrict__ mask,
                     float* __restrict__ parts, const ConvGeometry g, const Layout l,
                     const Strides offset_strides, const Strides mask_strides,
@@ -151,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   // a grid of tiles (groups, output channels, columns) and parts of the positions
   const int tile = static_cast<int>(first_tile) + blockIdx.x;
   const int group_and_o = tile / l.tiles_c, group = group_and_o / l.tiles_o;
-  const int first_out = (group_and_o - group * l.tiles_o) * TILE_O;
+  const int first_out_unit = (group_and_o - group * l.tiles_o) * UNITS_O;
   const int first_unit = (tile - group_and_o * l.tiles_c) * UNITS;
   const int begin = blockIdx.y * l.split;
   const int end = begin + min(l.split, g.batch * g.positions() - begin);
@@ -180,8 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         for (int i = 0; i < COPIED; ++i) {
           const int at = i * THREADS + threadIdx.x;
           if (STAGE * UNITS_O % THREADS && at >= STAGE * UNITS_O) continue;
-          *reinterpret_cast<Unit*>(tile_y + at / UNITS_O * PITCH_O + at % UNITS_O * UNIT) =
-              operand(copied[i]);
+          *reinterpret_cast<Unit*>(tile_y + at / UNITS_O * PITCH_O + at % UNITS_O * UNIT) = copied[i];
         }
       }
       __syncthreads();
@@ -202,11 +202,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
         for (int i = 0; i < COPIED; ++i) {
           const int at = i * THREADS + threadIdx.x, position = next + at / UNITS_O;
-          const int out = first_out + at % UNITS_O * UNIT;
-          const T* const from =
-              grad_y + static_cast<int64>(position) * g.out_channels + group * l.outs + out;
-          copied[i] = load_unit<VEC_Y, true>(reinterpret_cast<const char*>(from),
-                                             position < end && at < STAGE * UNITS_O, l.outs - out);
+          const int out_unit = first_out_unit + at % UNITS_O;
+          const bool exists = position < end && at < STAGE * UNITS_O && out_unit < l.out_units;
+          const int64 row = static_cast<int64>(position) * g.groups + group;
+          const Unit* const from = grad_y + row * l.out_units + out_unit;
+          copied[i] = load_unit<UNIT, true>(reinterpret_cast<const char*>(from), exists, UNIT);
         }
       }
 
