@@ -164,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   const SamplePlan* const own_plan = plan + (own_sample - first_sample) * l.planned + own_row;
   Unit* const own_column =
       reinterpret_cast<Unit*>(tile_c + own_row * PITCH_C + threadIdx.x % UNITS * UNIT);
-  const int run_bytes = l.run * sizeof(T);
+  const int run_bytes = l.run * sizeof(T), out_bytes = g.groups * l.out_units * sizeof(Unit);
   const char* const channels = reinterpret_cast<const char*>(image + own_channel);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -173,10 +173,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   for (bool corrected = true;; corrected = false) {
     Sums sums = {};
     Unit seen[CORNERS], copied[COPIED];
+    int in_plan = l.planned - STAGE;  // the first position of the stage
     for (int now = begin - STAGE; now < end; now += STAGE) {
       __syncthreads();  // the stage before this one has been multiplied
       if (now >= begin) {
-        blend(*own_column, seen, own_plan[(now - begin) % l.planned].weights);
+        blend(*own_column, seen, own_plan[in_plan].weights);
 #pragma unroll
         for (int i = 0; i < COPIED; ++i) {
           const int at = i * THREADS + threadIdx.x;
@@ -188,11 +189,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 
       const int next = now + STAGE;
       if (next < end) {
-        if ((next - begin) % l.planned == 0) {
+        in_plan += STAGE;
+        if (in_plan == l.planned) {
+          in_plan = 0;
           plan_samples(g, l, places, group, first_sample, next, end - next, plan);
           __syncthreads();
         }
-        const Pixels at = own_plan[(next - begin) % l.planned].rows;
+        const Pixels at = own_plan[in_plan].rows;
 #pragma unroll
         for (int corner = 0; corner < CORNERS; ++corner) {
           const int row = at.corner[corner];
@@ -204,9 +207,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
           const int at = i * THREADS + threadIdx.x, position = next + at / UNITS_O;
           const int out_unit = first_out_unit + at % UNITS_O;
           const bool exists = position < end && at < STAGE * UNITS_O && out_unit < l.out_units;
-          const int64 row = static_cast<int64>(position) * g.groups + group;
-          const Unit* const from = grad_y + row * l.out_units + out_unit;
-          copied[i] = load_unit<UNIT, true>(reinterpret_cast<const char*>(from), exists, UNIT);
+          const Unit* const outs = grad_y + group * l.out_units + out_unit;
+          copied[i] = load_unit<UNIT, true>(
+              advance(reinterpret_cast<const char*>(outs), position, out_bytes), exists, UNIT);
         }
       }
 
