@@ -136,3 +136,13 @@ def test_a_bin_larger_than_a_tile_is_one_mean(xp):
         have = roi_align_backward(xp.asarray(grad_y), xp.asarray(x), xp.asarray(rois), **arguments)
         want = reference.pool_backward("roi_align", grad_y, x, rois, **arguments)["x"]
         assert np.abs(host(xp, have.x) - want).max() <= 1e-14
+
+
+def test_more_channels_than_lanes_see_all_tiles_of_a_bin(xp):
+    """Of several tiles along one axis alone: weights are listed anew for every turn of lanes."""
+    x = np.random.default_rng(4).normal(size=(1, 70, 22, 36))
+    rois = np.array([[0.0, 1, 2, 34, 8], [0, 3, 1, 12, 21]])
+    for roi in rois:
+        y = roi_align(xp.asarray(x), xp.asarray(roi[None]), 1, sampling_ratio=20)
+        want = reference.pool("roi_align", x, roi[None], (1, 1), sampling_ratio=(20, 20))
+        assert np.abs(host(xp, y) - want).max() <= 1e-14

@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
             const A weight = weight_of(runs, table, axis ? number_x : number_y, step,
                                        axis ? g.width : g.height);
             // the mask may be infinite
-            return {axis == 1 || weight == 0 ? weight : weight * scale, step * step_of(g, axis), 0};
+            return {axis || weight == 0 ? weight : weight * scale, step * step_of(g, axis), 0};
           });
         }
         if (c >= depth) continue;
