@@ -97,7 +97,8 @@ def test_gradients_of_the_maximum(seed):
 def test_maximum_of_more_samples_than_a_tile(xp):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 3, 40, 45))
-    rois = np.array([[0.0, -3, -2, 48, 41], [0, 50, 43, 2, -4]])
+    rois = [[0, -3, -2, 48, 41], [0, 50, 43, 2, -4], [0, 2, 1, 41, 9], [0, 3, 2, 11, 38]]
+    rois = np.array(rois, float)
     for sampling_ratio in (0, 37):
         arguments = {"output_size": (1, 1), "sampling_ratio": (sampling_ratio,) * 2}
         arguments |= {"aligned": True, "mode": "max"}
@@ -107,6 +108,19 @@ def test_maximum_of_more_samples_than_a_tile(xp):
         grad = roi_align_backward(xp.ones(y.shape), xp.asarray(x), xp.asarray(rois), **arguments)
         want = reference.pool_backward("roi_align", np.ones(want.shape), x, rois, **arguments)["x"]
         assert np.abs(host(xp, grad.x) - want).max() <= 1e-12
+
+
+def test_zeros_outside_win_when_their_turn_comes(xp):
+    """Of samples of 0: RoIs begin inside or outside and end behind the image, or turn back."""
+    rng, k = np.random.default_rng(5), 80
+    x = -rng.integers(0, 2, (1, 1, 5, 6)).astype(float)
+    ends = rng.integers(-2, 8, (2, k, 2))
+    rois = np.concatenate([np.zeros((k, 1)), *ends], axis=1)
+    arguments = {"output_size": (1, 1), "sampling_ratio": (3, 4), "mode": "max", "aligned": True}
+    grad_y = rng.normal(size=(k, 1, 1, 1))
+    have = roi_align_backward(xp.asarray(grad_y), xp.asarray(x), xp.asarray(rois), **arguments).x
+    want = reference.pool_backward("roi_align", grad_y, x, rois, **arguments)["x"]
+    assert np.abs(host(xp, have) - want).max() <= 1e-12 * np.abs(want).max()
 
 
 def test_ten_maxima_are_bitwise_equal(xp):

@@ -155,11 +155,11 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   // Samples outside are all 0: the first of them, before sample number `stand_in`, stands for all
   int64 stand_in = -1;
   if (static_cast<double>(kept_y) * kept_x < along_y.total * along_x.total) {
-    stand_in = kept_y * kept_x == 0 || skips(along_y) || skips(along_x) ? 0
-               : kept_x < along_x.total                                 ? kept_x
-                                                                        : kept_y * kept_x;
+    stand_in = skips(along_y) || skips(along_x) ? 0
+               : kept_x < along_x.total         ? kept_x
+                                                : kept_y * kept_x;
   }
-  const bool lost = isnan(along_y.start) || isnan(along_x.start);
+  const bool lost = isnan(along_y.start);  // and along x: both are the RoI's
   const int image_index = images[bin.roi], depth = g.depth();
   for (int first = 0; first < depth; first += blockDim.x * VEC) {
     const int c = first + threadIdx.x * VEC;

@@ -18,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   const Bin bin = bin_of(g, row);
   const Run& along_y = runs[run_y(g, row, bin)];
   const Run& along_x = runs[run_x(g, row, bin)];
-  const bool lost = isnan(along_y.start) || isnan(along_x.start);
+  const bool lost = isnan(along_y.start);  // and along x: both are the RoI's
   const int height = static_cast<int>(along_y.total), width = static_cast<int>(along_x.total);
   for (int c = threadIdx.x * VEC; c < g.channels; c += blockDim.x * VEC) {
     Winner winner;
