@@ -701,6 +701,9 @@ def test_gradients_leave_pixels_without_weight_alone(name, xp):
     seen = np.zeros(x.shape)
     seen[..., 2, 2] = np.inf
     assert_array_equal(host(xp, grads["x"]), seen)
+    arrays["mask"][:] = np.inf
+    grads = gradients(name, xp.full((1, 1, 1, 1), 2.0), on(xp, arrays), keywords)
+    assert_array_equal(host(xp, grads["x"]), seen)
     arrays["mask"][:] = 0
     grads = gradients(name, xp.full((1, 1, 1, 1), 2.0), on(xp, arrays), keywords)
     assert not host(xp, grads["offset"]).any()
