@@ -338,6 +338,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
 
     cp_async_wait<0>();
-    if (TERMS == 1 || !corrected || !__syncthreads_or(nan)) break;
+    if (TERMS == 1 || !corrected || !any_of_block(nan)) break;
   }
 }

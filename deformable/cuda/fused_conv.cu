@@ -309,7 +309,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       cp_async_wait<0>();
       __syncthreads();
       fetch(stage ^ STAGE);
-      if (TERMS == 1 || corrected) {
+      if (corrected) {
         multiply_step<true>(sums, a, ring + stage, l.outs - tile * TILE_N);
       } else {
         multiply_step<false>(sums, a, ring + stage, l.outs - tile * TILE_N);
@@ -324,7 +324,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const bool nan = store(y + static_cast<int64>(blockIdx.z) * positions * g.out_channels, bias,
                            sums, first_position + row, positions, g.out_channels,
                            first + t * UNIT, (group + 1) * l.outs, corrected);
-    if (TERMS == 1 || !corrected || !__syncthreads_or(nan)) break;
+    if (TERMS == 1 || !corrected || !any_of_block(nan)) break;
   }
 }
 

@@ -255,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         }
       }
     }
-    if (TERMS == 1 || !corrected || !__syncthreads_or(nan)) break;
+    if (TERMS == 1 || !corrected || !any_of_block(nan)) break;
   }
 }
 
