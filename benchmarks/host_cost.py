@@ -65,9 +65,9 @@ def cases() -> Iterator[Workload]:
 
 
 class Device:
-    """The only device."""
+    """The only device; launches keep kernels by its number, which no other one has."""
 
-    id, compute_capability = 0, "90"
+    id, compute_capability = -1, "90"
     attributes: ClassVar[dict[str, int]] = {
         "MultiProcessorCount": 132,
         "MaxSharedMemoryPerMultiprocessor": 228 << 10,
@@ -119,7 +119,7 @@ def thin_cupy() -> dict[str, ModuleType]:
 
     cupy, cuda, runtime = Module("cupy"), ModuleType("cupy.cuda"), ModuleType("cupy.cuda.runtime")
     cupy.ndarray, cupy.cuda = ThinArray, cuda
-    cuda.Device, cuda.runtime, runtime.getDevice = Device, runtime, int
+    cuda.Device, cuda.runtime, runtime.getDevice = Device, runtime, lambda: Device.id
     return {"cupy": cupy, "cupy.cuda": cuda, "cupy.cuda.runtime": runtime}
 
 

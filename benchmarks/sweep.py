@@ -98,7 +98,7 @@ def _constants(values: Mapping[tuple[ModuleType, str], Any]) -> Iterator[None]:
 def _set(values: Mapping[tuple[ModuleType, str], Any]) -> None:
     for (module, name), value in values.items():
         setattr(module, name, value)
-    _fused.variant.cache_clear()
+    _fused.product_plan.cache_clear()
 
 
 if __name__ == "__main__":

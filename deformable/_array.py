@@ -40,13 +40,13 @@ def array_module(array: Array) -> ModuleType:
 def check_library(
     function: str, arrays: Mapping[str, Array | None], optional: Collection[str] = ()
 ) -> ModuleType:
-    """The one library, and the one device, of all ``arrays``; the ``optional`` ones may be None."""
-    given: dict[str, Any] = {
-        name: a for name, a in arrays.items() if a is not None or name not in optional
-    }
-    first = next(iter(given))
-    xp = array_module(given[first])
-    for name, array in given.items():
+    """The one library, and the one device, of ``arrays``; the ``optional`` ones may be None."""
+    first = next(iter(arrays))
+    example: Array = arrays[first]
+    xp = array_module(example)
+    for name, array in arrays.items():
+        if array is None and name in optional:
+            continue
         if not isinstance(array, xp.ndarray):
             other = array_module(array)
             if not isinstance(array, other.ndarray):
@@ -57,9 +57,9 @@ def check_library(
                 f"{function}: {name} is a {other.__name__} array, expected {xp.__name__} "
                 f"as {first} is"
             )
-        if xp is not np and array.device != given[first].device:
+        if xp is not np and array.device != example.device:
             raise ValueError(
-                f"{function}: {name} is on {array.device}, expected {given[first].device} "
+                f"{function}: {name} is on {array.device}, expected {example.device} "
                 f"where {first} is"
             )
     return xp

@@ -6,6 +6,7 @@ cupy is imported inside of the functions, which only run for cupy arrays.
 import contextlib
 import contextvars
 import functools
+import math
 import re
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from deformable._array import CALLS, Array, compute_dtype
+from deformable._array import Array, compute_dtype
 
 CTYPE = {
     "float16": "__half",
@@ -24,6 +25,7 @@ CTYPE = {
     "float64": "double",
 }
 THREADS = 256
+LOAD_BYTES = 16  # that a thread loads at once, at most; what is allocated is aligned to them
 
 _shared_memory = threading.Lock()
 _precision = contextvars.ContextVar("float32_precision", default="highest")
@@ -102,7 +104,6 @@ def _kernel(file: str, name: str, macros: tuple[tuple[str, Any], ...], device: i
     return cupy.RawModule(code=source(file), options=options).get_function(name)
 
 
-@functools.lru_cache(maxsize=CALLS, typed=True)
 def struct(geometry: Any) -> np.ndarray:
     """A NamedTuple of numbers as a C struct of the same fields, to be passed by value.
 
@@ -113,33 +114,45 @@ def struct(geometry: Any) -> np.ndarray:
     return np.array(tuple(geometry), np.dtype(ctypes, align=True))
 
 
-def launch(
-    file: str,
-    name: str,
-    grid: tuple[int, ...],
-    block: tuple[int, ...],
-    *args: Any,
-    shared: int = 0,
-    **defines: Any,
-) -> None:
-    """Run kernel ``name`` of ``cuda/file``, compiled for these macros, on the current stream.
+class Launch:
+    """Kernel ``name`` of ``cuda/file``, compiled for these macros, and how it is launched.
 
-    An argument is a C-contiguous array, None (a null pointer), a NamedTuple (a struct by value)
-    or an int (``long long``). A macro that is a dtype becomes its C type. An empty grid is not
-    launched: cupy would run one block.
+    It is called with arrays, or None (a null pointer), and runs on the current stream. After their
+    addresses the kernel gets ``values``: a NamedTuple (a struct by value) or an int (``long long``)
+    each. A macro that is a dtype becomes its C type.
+
+    It is all of a launch but the arrays: made once for calls of one kind, it is shared by them, and
+    by all devices.
     """
-    if 0 in grid:
-        return
 
-    device = sys.modules["cupy"].cuda.runtime.getDevice()  # an import takes as long as a launch
-    kernel = _kernel(file, name, tuple(defines.items()), device)
-    if shared > 48 << 10:
-        _allow_shared(kernel, shared)
-    values = [
-        struct(a) if isinstance(a, tuple) else np.int64(a) if isinstance(a, int) else a
-        for a in args
-    ]
-    kernel(grid, block, tuple(values), shared_mem=shared)
+    def __init__(
+        self,
+        file: str,
+        name: str,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        *values: Any,
+        shared: int = 0,
+        **defines: Any,
+    ) -> None:
+        self.file, self.name = file, name
+        self.grid, self.block, self.shared = grid, block, shared
+        self.defines = tuple(defines.items())
+        self.values = tuple(struct(v) if isinstance(v, tuple) else np.int64(v) for v in values)
+        self.kernels: dict[int, Any] = {}  # by device
+
+    def __call__(self, *arrays: Array | None) -> None:
+        if 0 in self.grid:  # cupy would run one block
+            return
+        device = sys.modules["cupy"].cuda.runtime.getDevice()  # an import takes as long as a launch
+        kernel = self.kernels.get(device) or self._compiled(device)
+        kernel(self.grid, self.block, arrays + self.values, shared_mem=self.shared)
+
+    def _compiled(self, device: int) -> Any:
+        kernel = self.kernels[device] = _kernel(self.file, self.name, self.defines, device)
+        if self.shared > 48 << 10:
+            _allow_shared(kernel, self.shared)
+        return kernel
 
 
 def _allow_shared(kernel: Any, size: int) -> None:
@@ -149,14 +162,14 @@ def _allow_shared(kernel: Any, size: int) -> None:
             kernel.max_dynamic_shared_size_bytes = size
 
 
-def launch_rows(file: str, name: str, rows: int, width: int, *args: Any, **defines: Any) -> None:
-    """Launch ``name`` with a thread row (threadIdx.y) per row of work.
+def row_launch(file: str, name: str, rows: int, width: int, *values: Any, **defines: Any) -> Launch:
+    """A launch of a thread row (threadIdx.y) per row of work.
 
     The lanes (threadIdx.x) of a thread row go through its ``width`` steps. They are a power of
     two, so that a thread row never straddles a warp.
     """
     lanes, per_block = row_block(width)
-    launch(file, name, (-(-rows // per_block),), (lanes, per_block), *args, **defines)
+    return Launch(file, name, (-(-rows // per_block),), (lanes, per_block), *values, **defines)
 
 
 def row_block(width: int) -> tuple[int, int]:
@@ -167,10 +180,12 @@ def row_block(width: int) -> tuple[int, int]:
 
 def vector_width(depth: int, *arrays: Array) -> int:
     """How many of ``depth`` channels one load takes: at most 16 bytes, aligned in all arrays."""
-    width = 16 // max(a.dtype.itemsize for a in arrays)
-    while depth % width or any(a.data.ptr % (width * a.dtype.itemsize) for a in arrays):
-        width //= 2
-    return width
+    return math.gcd(depth, *[vector(a) for a in arrays])
+
+
+def vector(array: Array) -> int:
+    """How many elements of an array one load from its beginning takes, at most."""
+    return math.gcd(array.data.ptr, LOAD_BYTES) // array.itemsize
 
 
 # ---- matrix products

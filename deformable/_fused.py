@@ -11,6 +11,7 @@ that is 128 KiB per multiprocessor.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -80,6 +81,73 @@ class Variant(NamedTuple):
     layout: Layout
 
 
+class View(NamedTuple):
+    """How an array of four axes is read."""
+
+    dtype: np.dtype
+    strides: tuple[int, ...]  # bytes
+
+
+class Operands(NamedTuple):
+    """What of its arrays, and of where it runs, tells how a convolution of given sizes is done."""
+
+    processors: int
+    shared: int  # bytes per multiprocessor
+    terms: int  # products on tensor cores that make one: 3 of TF32 are one of float32
+    dtype: np.dtype
+    vector: int  # channels that a load from the image takes at most
+    offset: View | None
+    mask: View | None
+
+    @property
+    def corners(self) -> int:
+        """Pixels that a sample sees."""
+        return 1 if self.offset is None else 4
+
+    @property
+    def places(self) -> Strides:
+        return strides(self.offset)
+
+    @property
+    def masks(self) -> Strides:
+        return strides(self.mask)
+
+    @property
+    def macros(self) -> dict[str, Any]:
+        """What every one of these kernels is compiled for."""
+        return {
+            "DTYPE": self.dtype,
+            "INDEX": "int",
+            "CORNERS": self.corners,
+            "OFFSET": (self.offset or self).dtype,
+            "MASK": (self.mask or self).dtype,
+        }
+
+
+def view(array: Array | None) -> View | None:
+    """How an array is read, if there is one."""
+    return None if array is None else View(array.dtype, array.strides)
+
+
+def operands(image: Array, offset: Array | None, mask: Array | None) -> Operands:
+    """Those of a call, for what is kept of calls of its kind; float32_precision is among them."""
+    dtype = image.dtype
+    strict = dtype == np.float32 and not _cuda.allows_tf32()
+    return Operands(
+        *resources(image.device.id), 3 if strict else 1, dtype, _cuda.vector(image),
+        view(offset), view(mask),
+    )  # fmt: skip
+
+
+@functools.cache
+def resources(device: int) -> tuple[int, int]:
+    """Multiprocessors of a device, and bytes of shared memory of each."""
+    from cupy.cuda import Device
+
+    attributes = Device(device).attributes
+    return attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerMultiprocessor"]
+
+
 def covers(g: "ConvGeometry", x: Array) -> bool:
     """Whether these kernels compute this convolution on the device of ``x``."""
     rows = g.batch * g.height * g.width * (g.channels // run_length(g))
@@ -107,26 +175,10 @@ def convolve(
     xp, dtype = array_module(x), x.dtype
     run = _depthwise if is_depthwise(g) else _product
     bias = None if bias is None else xp.ascontiguousarray(bias)
+    image = channels_last(x, dtype)
     y = xp.empty((g.batch * g.positions, g.out_channels), dtype)
-    run(g, channels_last(x, dtype), weight, bias, offset, mask, y)
+    run(g, operands(image, offset, mask), image, weight, bias, offset, mask, y)
     return y
-
-
-def macros(image: Array, offset: Array | None, mask: Array | None) -> dict[str, Any]:
-    """What every one of these kernels is compiled for; there may be no ``offset``, no ``mask``."""
-    dtype = image.dtype
-    return {
-        "DTYPE": dtype,
-        "INDEX": "int",
-        "CORNERS": 1 if offset is None else 4,
-        "OFFSET": dtype if offset is None else offset.dtype,
-        "MASK": dtype if mask is None else mask.dtype,
-    }
-
-
-def terms(dtype: np.dtype) -> int:
-    """Products on tensor cores that make one of this dtype: 3 of TF32 are one of float32."""
-    return 3 if dtype == np.float32 and not _cuda.allows_tf32() else 1
 
 
 def run_length(g: "ConvGeometry") -> int:
@@ -138,34 +190,16 @@ def is_depthwise(g: "ConvGeometry") -> bool:
     return g.groups == g.channels > 1
 
 
-def _plan_bytes(corners: int, dtype: np.dtype) -> int:
-    """Of a sample: the pixel and the weight of every corner, aligned to the weights."""
-    weight = compute_dtype(dtype).itemsize
-    return -(-corners * (4 + weight) // weight) * weight
-
-
-def strides(array: Array | None) -> Strides:
-    return _steps(array.strides, array.itemsize) if array is not None else _steps((0,) * 4, 1)
-
-
-@functools.lru_cache(maxsize=CALLS)
-def _steps(strides: tuple[int, ...], itemsize: int) -> Strides:
-    return Strides(*(np.int64(s // itemsize) for s in strides))
+def strides(array: Array | View | None) -> Strides:
+    """The steps along the axes of an array; zeros if there is none."""
+    if array is None:
+        return Strides(*[np.int64(0)] * 4)
+    return Strides(*(np.int64(step // array.dtype.itemsize) for step in array.strides))
 
 
 # ---- on tensor cores
 
 
-@functools.cache
-def resources(device: int) -> tuple[int, int]:
-    """Multiprocessors of a device, and bytes of shared memory of each."""
-    from cupy.cuda import Device
-
-    attributes = Device(device).attributes
-    return attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerMultiprocessor"]
-
-
-@functools.lru_cache(maxsize=CALLS)
 def variant(
     g: "ConvGeometry", itemsize: int, terms: int, corners: int, processors: int, shared: int
 ) -> Variant:
@@ -217,57 +251,80 @@ def variant(
     )  # fmt: skip
 
 
-def _product(g, image, weight, bias, offset, mask, y):
-    xp, dtype = array_module(image), image.dtype
-    defines = macros(image, offset, mask) | {"TERMS": terms(dtype)}
-    v = variant(
-        g, dtype.itemsize, defines["TERMS"], defines["CORNERS"], *resources(image.device.id)
-    )
+class Product(NamedTuple):
+    """The launches of a product, and the shapes of what they share."""
+
+    packed: tuple[int, int]
+    samples: tuple[int, int]
+    parts: int
+    pack_weights: _cuda.Launch
+    multiply: _cuda.Launch
+    add_parts: _cuda.Launch
+
+
+@functools.lru_cache(maxsize=CALLS)
+def product_plan(g: "ConvGeometry", o: Operands, weight: View) -> Product:
+    v = variant(g, o.dtype.itemsize, o.terms, o.corners, o.processors, o.shared)
     l, parts = v.layout, v.grid[2]  # noqa: E741
-    sums = y if parts == 1 else xp.empty((parts, *y.shape), np.float32)
     units = v.grid[1] * l.steps * v.stage
-    # the step after the last one is fetched too, though never used
-    packed = xp.empty((units + v.stage, UNIT_BYTES // 4), np.uint32)
-    samples = xp.empty((g.groups * l.slots * l.samples, 4), np.int32)
-    defines |= {
-        "TILE_N": v.tile_n,
-        "WARPS": v.warps,
-        "VEC": _cuda.vector_width(l.run, image),
-        "OUT": sums.dtype,
-    }
-    _cuda.launch(
-        "fused_conv.cu", "pack_weights", (-(-units // 256),), (256,),
-        weight, strides(weight), packed, samples, g, l, units,
-        **defines,
+    size = g.batch * g.positions * g.out_channels
+    kernel: Callable[..., _cuda.Launch] = functools.partial(
+        _cuda.Launch, "fused_conv.cu",
+        TERMS=o.terms, TILE_N=v.tile_n, WARPS=v.warps, VEC=math.gcd(l.run, o.vector),
+        OUT=o.dtype if parts == 1 else np.dtype(np.float32), **o.macros,
     )  # fmt: skip
-    _cuda.launch(
-        "fused_conv.cu", "fused_conv", v.grid, (32, v.warps),
-        image, offset, mask, packed, samples, bias if parts == 1 else None, sums,
-        g, l, strides(offset), strides(mask),
-        shared=v.shared, **defines,
-    )  # fmt: skip
-    if parts > 1:
-        _cuda.launch(
-            "fused_conv.cu", "add_parts", (-(-y.size // 256),), (256,),
-            sums, bias, y, y.size, g.out_channels, parts,
-            **defines,
-        )  # fmt: skip
+    return Product(
+        # the step after the last one is fetched too, though never used
+        packed=(units + v.stage, UNIT_BYTES // 4),
+        samples=(g.groups * l.slots * l.samples, 4),
+        parts=parts,
+        pack_weights=kernel(
+            "pack_weights", (-(-units // 256),), (256,), strides(weight), g, l, units
+        ),
+        multiply=kernel(
+            "fused_conv", v.grid, (32, v.warps), g, l, o.places, o.masks, shared=v.shared
+        ),
+        add_parts=kernel("add_parts", (-(-size // 256),), (256,), size, g.out_channels, parts),
+    )
+
+
+def _product(g, o, image, weight, bias, offset, mask, y):
+    xp = array_module(image)
+    plan = product_plan(g, o, view(weight))
+    packed, samples = xp.empty(plan.packed, np.uint32), xp.empty(plan.samples, np.int32)
+    plan.pack_weights(weight, packed, samples)
+    if plan.parts == 1:
+        plan.multiply(image, offset, mask, packed, samples, bias, y)
+    else:
+        sums = xp.empty((plan.parts, *y.shape), np.float32)
+        plan.multiply(image, offset, mask, packed, samples, None, sums)
+        plan.add_parts(sums, bias, y)
 
 
 # ---- one channel per group
 
 
-def _depthwise(g, image, weight, bias, offset, mask, y):
+@functools.lru_cache(maxsize=CALLS)
+def depthwise_launch(g: "ConvGeometry", o: Operands) -> _cuda.Launch:
     outs, depth = g.out_channels // g.channels, g.channels // g.offset_groups
-    by_tap = weight.reshape(g.channels, outs, g.taps).transpose(1, 2, 0)
-    by_tap = array_module(image).ascontiguousarray(by_tap)
-    defines = macros(image, offset, mask)
-    sample = _plan_bytes(defines["CORNERS"], image.dtype)
+    sample = _plan_bytes(o.corners, o.dtype)
     tile = max(1, min(64, DEPTHWISE_PLAN // (g.taps * sample)))
-    vec = _cuda.vector_width(depth, image)
-    _cuda.launch(
+    vec = math.gcd(depth, o.vector)
+    return _cuda.Launch(
         "fused_depthwise.cu", "depthwise",
-        (-(-len(y) // tile), outs, g.offset_groups), _cuda.row_block(depth // vec),
-        image, offset, mask, by_tap, bias, y, g, strides(offset), strides(mask),
-        shared=tile * g.taps * sample, VEC=vec, TILE_M=tile, **defines,
+        (-(-g.batch * g.positions // tile), outs, g.offset_groups), _cuda.row_block(depth // vec),
+        g, o.places, o.masks,
+        shared=tile * g.taps * sample, VEC=vec, TILE_M=tile, **o.macros,
     )  # fmt: skip
+
+
+def _depthwise(g, o, image, weight, bias, offset, mask, y):
+    by_tap = weight.reshape(g.channels, g.out_channels // g.channels, g.taps).transpose(1, 2, 0)
+    by_tap = array_module(image).ascontiguousarray(by_tap)
+    depthwise_launch(g, o)(image, offset, mask, by_tap, bias, y)
+
+
+def _plan_bytes(corners: int, dtype: np.dtype) -> int:
+    """Of a sample: the pixel and the weight of every corner, aligned to the weights."""
+    weight = compute_dtype(dtype).itemsize
+    return -(-corners * (4 + weight) // weight) * weight

@@ -5,6 +5,7 @@ convolution is cut into pieces for them, as ``_fused.py`` does for the forward.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from deformable import _cuda, _fused
 from deformable._array import CALLS, Array, array_module
+from deformable._fused import Operands, View, strides, view
 
 if TYPE_CHECKING:
     from deformable.conv import ConvGeometry
@@ -86,28 +88,35 @@ def covers(g: "ConvGeometry", x: Array) -> bool:
     return grid and not _fused.is_depthwise(g) and _fused.covers(g, x)
 
 
-def pack_rows(g: "ConvGeometry", grad_y: Array) -> Array:
+@functools.lru_cache(maxsize=CALLS)
+def rows_plan(
+    g: "ConvGeometry", dtype: np.dtype, terms: int
+) -> tuple[tuple[int, int], _cuda.Launch]:
+    """The shape of the packed rows, and the launch that packs them."""
+    unit, outs = _fused.UNIT_BYTES // dtype.itemsize, g.out_channels // g.groups
+    out_units = -(-outs // unit)
+    units = g.batch * g.positions * g.groups * out_units
+    return (units, unit), _cuda.Launch(
+        "fused_gradient_rows.cu", "pack_rows", (-(-units // 256),), (256,), outs, out_units, units,
+        DTYPE=dtype, INDEX="int", VEC=unit, TERMS=terms,
+    )  # fmt: skip
+
+
+def pack_rows(g: "ConvGeometry", o: Operands, grad_y: Array) -> Array:
     """The gradient of the output rows (N · Ho · Wo, O), in whole units of 16 bytes of every group.
 
     It is a copy only if it must be: where groups do not end with a unit, or for TF32, rounded.
     """
-    unit, outs = _fused.UNIT_BYTES // grad_y.itemsize, g.out_channels // g.groups
-    terms = _fused.terms(grad_y.dtype)
-    aligned = outs % unit == 0 and grad_y.data.ptr % _fused.UNIT_BYTES == 0
-    if aligned and (terms == 3 or grad_y.dtype != np.float32):
+    unit = _fused.UNIT_BYTES // grad_y.itemsize
+    whole = g.out_channels // g.groups % unit == 0 and _cuda.vector(grad_y) == unit
+    if whole and (o.terms == 3 or o.dtype != np.float32):
         return grad_y
-    out_units = -(-outs // unit)
-    units = len(grad_y) * g.groups * out_units
-    packed = array_module(grad_y).empty((units, unit), grad_y.dtype)
-    _cuda.launch(
-        "fused_gradient_rows.cu", "pack_rows", (-(-units // 256),), (256,),
-        grad_y, packed, outs, out_units, units,
-        DTYPE=grad_y.dtype, INDEX="int", VEC=unit, TERMS=terms,
-    )  # fmt: skip
+    shape, pack = rows_plan(g, o.dtype, o.terms)
+    packed = array_module(grad_y).empty(shape, o.dtype)
+    pack(grad_y, packed)
     return packed
 
 
-@functools.lru_cache(maxsize=CALLS)
 def weight_variant(
     g: "ConvGeometry", itemsize: int, terms: int, corners: int, processors: int, limit: int
 ) -> WeightVariant:
@@ -150,8 +159,42 @@ def weight_variant(
     )  # fmt: skip
 
 
+class WeightGradient(NamedTuple):
+    """The launches, in pairs, and the shape of the parts of the sums."""
+
+    parts: tuple[int, ...]
+    launches: tuple[tuple[_cuda.Launch, _cuda.Launch], ...]
+
+
+@functools.lru_cache(maxsize=CALLS)
+def weight_plan(g: "ConvGeometry", o: Operands, limit: int) -> WeightGradient:
+    v = weight_variant(g, o.dtype.itemsize, o.terms, o.corners, o.processors, limit)
+    kernel = functools.partial(
+        _cuda.Launch, "fused_weight_gradient.cu",
+        TERMS=o.terms, TILE_O=v.tile_o, VEC=math.gcd(v.layout.run, o.vector),
+        **o.macros,
+    )  # fmt: skip
+    size = g.out_channels * (g.channels // g.groups) * g.taps
+
+    def pair(first):
+        tiles = min(v.tiles_at_once, v.tiles - first)
+        return (
+            kernel(
+                "weight_gradient", (tiles, v.parts), (256,),
+                g, v.layout, o.places, o.masks, first, shared=v.shared,
+            ),
+            kernel("add_parts", (-(-size // 256),), (256,), g, v.layout, first, tiles, v.parts),
+        )  # fmt: skip
+
+    return WeightGradient(
+        (v.parts, v.tiles_at_once, v.tile_o, UNITS * _fused.UNIT_BYTES // o.dtype.itemsize),
+        tuple(pair(first) for first in range(0, v.tiles, v.tiles_at_once)),
+    )
+
+
 def weight_gradient(
     g: "ConvGeometry",
+    o: Operands,
     grad_y: Array,
     image: Array,
     weight: Array,
@@ -163,35 +206,14 @@ def weight_gradient(
     ``image`` is (N, H, W, C); the convolution is deformable if there is an ``offset``.
     """
     xp = array_module(image)
-    macros = _fused.macros(image, offset, mask) | {"TERMS": _fused.terms(image.dtype)}
-    processors, _ = _fused.resources(image.device.id)
-    v = weight_variant(
-        g, image.itemsize, macros["TERMS"], macros["CORNERS"], processors, WORKSPACE_BYTES
-    )
-    macros |= {
-        "TILE_O": v.tile_o,
-        "VEC": _cuda.vector_width(v.layout.run, image),
-    }
-    tile_c = UNITS * _fused.UNIT_BYTES // image.itemsize
-    out = xp.empty(weight.shape, image.dtype)
-    parts = xp.empty((v.parts, v.tiles_at_once, v.tile_o, tile_c), np.float32)
-    for first in range(0, v.tiles, v.tiles_at_once):
-        tiles = min(v.tiles_at_once, v.tiles - first)
-        _cuda.launch(
-            "fused_weight_gradient.cu", "weight_gradient", (tiles, v.parts), (256,),
-            grad_y, image, offset, mask, parts, g, v.layout,
-            _fused.strides(offset), _fused.strides(mask), first,
-            shared=v.shared, **macros,
-        )  # fmt: skip
-        _cuda.launch(
-            "fused_weight_gradient.cu", "add_parts", (-(-out.size // 256),), (256,),
-            parts, out, g, v.layout, first, tiles, v.parts,
-            **macros,
-        )  # fmt: skip
+    plan = weight_plan(g, o, WORKSPACE_BYTES)
+    parts, out = xp.empty(plan.parts, np.float32), xp.empty(weight.shape, image.dtype)
+    for gradient, add_parts in plan.launches:
+        gradient(grad_y, image, offset, mask, parts)
+        add_parts(parts, out)
     return out
 
 
-@functools.lru_cache(maxsize=CALLS)
 def column_variant(
     g: "ConvGeometry", itemsize: int, terms: int, processors: int, count: int
 ) -> ColumnVariant:
@@ -227,8 +249,40 @@ def column_variant(
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=CALLS)
+def packing_plan(
+    g: "ConvGeometry", o: Operands, weight: View
+) -> tuple[tuple[int, int], _cuda.Launch]:
+    """The shape of the packed weights, and the launch that packs them."""
+    v = column_variant(g, o.dtype.itemsize, o.terms, o.processors, 0)
+    units = v.stages * v.stage
+    # a step behind the last one is fetched too, though never used
+    return (units + v.stage, 4), _column_kernel(o, v)(
+        "pack_weights", (-(-units // 256),), (256,), strides(weight), g, v.layout, units
+    )
+
+
+@functools.lru_cache(maxsize=CALLS)
+def column_launch(g: "ConvGeometry", o: Operands, first: int, count: int) -> _cuda.Launch:
+    """The launch for so many positions from the first one on."""
+    v = column_variant(g, o.dtype.itemsize, o.terms, o.processors, count)
+    return _column_kernel(o, v)(
+        "column_gradient", v.grid, (TILE_M,),
+        g, v.layout, o.places, o.masks, first, count, shared=v.shared,
+    )  # fmt: skip
+
+
+def _column_kernel(o: Operands, v: ColumnVariant) -> Callable[..., _cuda.Launch]:
+    return functools.partial(
+        _cuda.Launch, "fused_column_gradient.cu",
+        TERMS=o.terms, TILE_N=v.tile_n, VEC=math.gcd(v.layout.run, o.vector),
+        **o.macros,
+    )  # fmt: skip
+
+
 def column_gradients(
     g: "ConvGeometry",
+    o: Operands,
     grad_y: Array,
     image: Array,
     weight: Array,
@@ -242,31 +296,12 @@ def column_gradients(
     (N · Ho · Wo, G, taps, 2) and of all masks (N · Ho · Wo, G, taps).
     ``image`` is (N, H, W, C), ``grad_y`` what :func:`pack_rows` answers.
     """
-    xp = array_module(image)
-    macros = _fused.macros(image, offset, mask) | {
-        "TERMS": _fused.terms(image.dtype),
-        "VEC": _cuda.vector_width(_fused.run_length(g), image),
-    }
-    processors, _ = _fused.resources(image.device.id)
-    cut = functools.partial(column_variant, g, image.itemsize, macros["TERMS"], processors)
-    v = cut(0)
-    macros["TILE_N"] = v.tile_n
-    units = v.stages * v.stage
-    # a step behind the last one is fetched too, though never used
-    packed = xp.empty((units + v.stage, 4), np.uint32)
-    _cuda.launch(
-        "fused_column_gradient.cu", "pack_weights", (-(-units // 256),), (256,),
-        weight, _fused.strides(weight), packed, g, v.layout, units,
-        **macros,
-    )  # fmt: skip
+    shape, pack_weights = packing_plan(g, o, view(weight))
+    packed = array_module(image).empty(shape, np.uint32)
+    pack_weights(weight, packed)
 
-    def compute(first, count, grad_columns, grad_offset, grad_mask):
-        v = cut(count)
-        _cuda.launch(
-            "fused_column_gradient.cu", "column_gradient", v.grid, (TILE_M,),
-            grad_y, image, offset, mask, packed, grad_columns, grad_offset, grad_mask,
-            g, v.layout, _fused.strides(offset), _fused.strides(mask), first, count,
-            shared=v.shared, **macros,
-        )  # fmt: skip
+    def compute(first, count, *grads):
+        launch = column_launch(g, o, first, count)
+        launch(grad_y, image, offset, mask, packed, *grads)
 
     return compute

@@ -591,12 +591,16 @@ def make_plan(
         xp.empty(g.rois, np.int32),
         xp.empty((g.rois, REACH), np.int32),
     )
-    _cuda.launch(
-        "roi.cu", "plan", (g.rois,), _line(runs),
-        in_double(rois), in_double(offset), *plan, g, rule,
-        **macros(g, weights or np.dtype(np.float32)),
-    )  # fmt: skip
+    _plan_launch(g, rule, weights or np.dtype(np.float32))(
+        in_double(rois), in_double(offset), *plan
+    )
     return plan
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _plan_launch(g: RoIGeometry, rule: Rule, weights: np.dtype) -> _cuda.Launch:
+    runs = 2 * g.bins if g.shifted else g.pooled_h + g.pooled_w
+    return _cuda.Launch("roi.cu", "plan", (g.rois,), _line(runs), g, rule, **macros(g, weights))
 
 
 class Layout(NamedTuple):
@@ -611,6 +615,7 @@ class Layout(NamedTuple):
     pitch: int
 
 
+@functools.lru_cache(maxsize=CALLS)
 def padded(g: RoIGeometry, dtype: np.dtype) -> RoIGeometry:
     """With whole vectors of channels in every row, where rows are copies anyway."""
     vec = 16 // dtype.itemsize
@@ -634,17 +639,18 @@ def cuda_rows(array: Array, groups: int, depth: int, pitch: int, dtype: np.dtype
         return split.reshape(shape)
     if array.flags.c_contiguous:
         rows = xp.empty(shape, dtype)
-        row = classes * pitch
-        blocks = n * -(-h * w // SIDE) * groups * -(-row // SIDE)
-        layout = Layout(n, c, h, w, groups, depth, pitch)
-        _cuda.launch(
-            "roi.cu", "arrange", (blocks,), (SIDE, min(row, 8)), array, rows, layout,
-            **_macros(dtype),
-        )  # fmt: skip
+        _arrange_launch(Layout(n, c, h, w, groups, depth, pitch), dtype)(array, rows)
         return rows
     rows = xp.zeros(shape, dtype)
     rows.reshape(n, h, w, groups, classes, pitch)[..., :depth] = split
     return rows
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _arrange_launch(l: Layout, dtype: np.dtype) -> _cuda.Launch:  # noqa: E741
+    row = l.channels // (l.groups * l.depth) * l.pitch
+    blocks = l.images * -(-l.height * l.width // SIDE) * l.groups * -(-row // SIDE)
+    return _cuda.Launch("roi.cu", "arrange", (blocks,), (SIDE, min(row, 8)), l, **_macros(dtype))
 
 
 def cuda_image(x: Array, g: RoIGeometry) -> Array:
@@ -677,39 +683,60 @@ def _macros(dtype: np.dtype, vec: int = 1, rows: int = 1, index: str = "int") ->
     return {"DTYPE": dtype, "VEC": vec, "INDEX": index, "ROWS": rows, "COLUMNS": TILE_WIDTH}
 
 
-def launch_bins(
-    file: str, name: str, g: RoIGeometry, vectors: tuple[Array, ...], *args: Any
-) -> None:
-    """Run a kernel with a thread row per bin, whose lanes move channels of ``vectors``."""
+def bins_launch(
+    file: str, name: str, g: RoIGeometry, vectors: tuple[Array, ...], *values: Any
+) -> _cuda.Launch:
+    """A launch of a thread row per bin, whose lanes move channels of ``vectors``."""
     vec = _cuda.vector_width(g.depth, *vectors)
+    return _bins_launch(file, name, g, vectors[0].dtype, vec, values)
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _bins_launch(
+    file: str, name: str, g: RoIGeometry, dtype: np.dtype, vec: int, values: tuple[Any, ...]
+) -> _cuda.Launch:
     lanes, rows = _block(g, vec)
-    _cuda.launch(
-        file, name, (-(-g.rows // rows),), (lanes, rows), *args,
-        **macros(g, vectors[0].dtype, vec, rows),
+    return _cuda.Launch(
+        file, name, (-(-g.rows // rows),), (lanes, rows), g, *values,
+        **macros(g, dtype, vec, rows),
     )  # fmt: skip
 
 
 def gather(
-    file: str, name: str, g: RoIGeometry, plan: Plan, rows: tuple[Array, ...], *args: Any
+    file: str,
+    name: str,
+    g: RoIGeometry,
+    plan: Plan,
+    rows: tuple[Array, ...],
+    *arrays: Array | None,
+    values: tuple[Any, ...] = (),
 ) -> Array:
     """The gradient of an arranged image, gathered from ``rows`` by a kernel: by tiles of pixels."""
     xp, dtype = array_module(rows[0]), rows[0].dtype
     grad_image = xp.empty((g.batch * g.height * g.width * g.planes, g.depth), dtype)
-    vec = min(4, _cuda.vector_width(g.depth, *rows, grad_image))  # times TILE_WIDTH sums
+    order, starts = xp.empty(g.rois, np.int32), xp.empty(g.batch + 1, np.int32)
+    vec = min(4, _cuda.vector_width(g.depth, *rows))  # times TILE_WIDTH sums
+    sort_by_image, collect = _gather_launches(file, name, g, dtype, vec, values)
+    sort_by_image(plan.images, order, starts)
+    collect(*rows, plan.runs, order, starts, plan.reaches, grad_image, *arrays)
+    return grad_image
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _gather_launches(
+    file: str, name: str, g: RoIGeometry, dtype: np.dtype, vec: int, values: tuple[Any, ...]
+) -> tuple[_cuda.Launch, _cuda.Launch]:
     lanes, tile_height = _block(g, vec)
     tiles = -(-g.height // tile_height) * -(-g.width // TILE_WIDTH)
     chunks = -(-g.depth // (lanes * vec))
-    order, starts = (xp.empty(size, np.int32) for size in (g.rois, g.batch + 1))
-    _cuda.launch(
-        "roi.cu", "sort_by_image", (g.batch + 1,), _line(g.rois), plan.images, order, starts, g,
+    sort_by_image = _cuda.Launch(
+        "roi.cu", "sort_by_image", (g.batch + 1,), _line(g.rois), g,
         **macros(g, np.dtype(np.float32)),
     )  # fmt: skip
-    _cuda.launch(
-        file, name, (g.batch * tiles * g.planes * chunks,), (lanes, tile_height),
-        *rows, plan.runs, order, starts, plan.reaches, grad_image, *args,
+    return sort_by_image, _cuda.Launch(
+        file, name, (g.batch * tiles * g.planes * chunks,), (lanes, tile_height), g, *values,
         **macros(g, dtype, vec, tile_height),
     )  # fmt: skip
-    return grad_image
 
 
 def cuda_maximum(file: str, g: RoIGeometry, rule: Rule, x: Array, rois: Array) -> Array:
@@ -718,10 +745,8 @@ def cuda_maximum(file: str, g: RoIGeometry, rule: Rule, x: Array, rois: Array) -
         image = cuda_image(x, g)
         y = array_module(x).empty((g.rows, g.depth), x.dtype)
         plan = make_plan(g, rule, rois)
-        launch_bins(
-            file, "maximum", g, (image, y),
-            image, plan.runs, plan.images, y, None, None, g,
-        )  # fmt: skip
+        launch = bins_launch(file, "maximum", g, (image, y))
+        launch(image, plan.runs, plan.images, y, None, None)
         return output_from_rows(y, g)
 
 
@@ -734,12 +759,10 @@ def cuda_maximum_backward(
         places = (g.rows, g.depth), compute_dtype(x.dtype)
         winner_y, winner_x = (array_module(x).empty(*places) for _ in range(2))
         plan = make_plan(g, rule, rois)
-        launch_bins(
-            file, "maximum", g, (image, winner_y, winner_x),
-            image, plan.runs, plan.images, None, winner_y, winner_x, g,
-        )  # fmt: skip
+        launch = bins_launch(file, "maximum", g, (image, winner_y, winner_x))
+        launch(image, plan.runs, plan.images, None, winner_y, winner_x)
         rows = cuda_output_rows(grad_y, g, x.dtype), winner_y, winner_x
-        return image_from_rows(gather("roi_pool.cu", "winner_gradient", g, plan, rows, g), g)
+        return image_from_rows(gather("roi_pool.cu", "winner_gradient", g, plan, rows), g)
 
 
 def _line(steps: int) -> tuple[int]:

@@ -7,6 +7,7 @@ operators differ only in where the columns look.
 """
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -306,13 +307,17 @@ def gradient_rows(grad_y: Array, g: ConvGeometry, dtype: np.dtype) -> Array:
     return channels_last(grad_y, dtype).reshape(g.batch * g.positions, g.out_channels)
 
 
+def bias_gradient(grad_rows: Array, dtype: np.dtype) -> Array:
+    """The sum of the output rows, in float32 at least."""
+    return grad_rows.sum(axis=0, dtype=compute_dtype(dtype)).astype(dtype, copy=False)
+
+
 def _gradients(g, x, wanted, grad_image, grad_weight, grad_rows):
     """The wanted gradients in the dtype of ``x``."""
-    sums = compute_dtype(x.dtype)
     return Conv2dGradients(
-        x=channels_first(grad_image.astype(x.dtype)) if "x" in wanted else None,
+        x=channels_first(grad_image.astype(x.dtype, copy=False)) if "x" in wanted else None,
         weight=grad_weight if "weight" in wanted else None,
-        bias=grad_rows.sum(axis=0, dtype=sums).astype(x.dtype) if "bias" in wanted else None,
+        bias=bias_gradient(grad_rows, x.dtype) if "bias" in wanted else None,
     )
 
 
@@ -421,7 +426,8 @@ def _numpy_backward(g, grad_y, x, weight, wanted):
                 # windows overlap, but those of one tap never do
                 grad_seen[:, :, :, i, j] += grad_columns[:, :, :, i, j]
     grad_weight = unpack_weight(grad_packed, g, x.dtype)
-    return _gradients(g, x, wanted, _inside(grad_padded, g), grad_weight, grad)
+    inside = _inside(grad_padded, g).astype(x.dtype) if "x" in wanted else None
+    return _gradients(g, x, wanted, inside, grad_weight, grad)
 
 
 # ---- CUDA: cuda/conv.cu, and cuda/fused_conv.cu where there are tensor cores
@@ -476,13 +482,14 @@ def _cuda_backward(g, grad_y, x, weight, wanted):
 def _fused_gradients(g, grad, image, weight, wanted):
     """The gradients by kernels that make columns, and multiply for their gradients, themselves."""
     grad_image = grad_weight = None
+    o = _fused.operands(image, None, None)
     if wanted & {"x", "weight"}:
-        grad = _fused_backward.pack_rows(g, grad)
+        grad = _fused_backward.pack_rows(g, o, grad)
     if "weight" in wanted:
-        grad_weight = _fused_backward.weight_gradient(g, grad, image, weight)
+        grad_weight = _fused_backward.weight_gradient(g, o, grad, image, weight)
     if "x" in wanted:
         grad_image = array_module(image).zeros(image.shape, compute_dtype(image.dtype))
-        column_gradients = _fused_backward.column_gradients(g, grad, image, weight)
+        column_gradients = _fused_backward.column_gradients(g, o, grad, image, weight)
         for first, count in chunks(g, g.channels * image.itemsize):
             grad_columns = empty_columns(g, count, like=image)
             column_gradients(first, count, grad_columns, None, None)
@@ -508,23 +515,42 @@ def _column_gradients(g, grad, image, weight, wanted):
     return grad_image, unpack_weight(grad_packed, g, image.dtype) if "weight" in wanted else None
 
 
+@functools.lru_cache(maxsize=CALLS)
+def _im2col_launch(
+    g: ConvGeometry, dtype: np.dtype, vector: int, first: int, count: int
+) -> _cuda.Launch:
+    vec = math.gcd(g.channels // g.groups, vector)
+    return _cuda.row_launch(
+        "conv.cu", "im2col", count * g.taps, g.channels // vec, g, first, count,
+        DTYPE=dtype, VEC=vec, INDEX=index_type(g),
+    )  # fmt: skip
+
+
 def _im2col(g, image, first, count):
     columns = empty_columns(g, count, like=image)
-    vec = _cuda.vector_width(g.channels // g.groups, image)
-    _cuda.launch_rows(
-        "conv.cu", "im2col", count * g.taps, g.channels // vec,
-        image, columns, g, first, count,
-        DTYPE=image.dtype, VEC=vec, INDEX=index_type(g),
-    )  # fmt: skip
+    _im2col_launch(g, image.dtype, _cuda.vector(image), first, count)(image, columns)
     return columns
 
 
-def _col2im(g, grad_columns, grad_image, first, count):
-    images = range(first // g.positions, (first + count - 1) // g.positions + 1)
-    vec = _cuda.vector_width(g.channels // g.groups, grad_columns)
-    _cuda.launch_rows(
-        "conv.cu", "col2im", len(images) * g.height * g.width, g.channels // vec,
-        grad_columns, grad_image[images.start : images.stop], g,
-        len(images), images.start, first, count,
-        DTYPE=grad_columns.dtype, VEC=vec, INDEX=index_type(g),
+def images_of(g: ConvGeometry, first: int, count: int) -> slice:
+    """The images in which these of the N · Ho · Wo positions lie."""
+    return slice(first // g.positions, (first + count - 1) // g.positions + 1)
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _col2im_plan(
+    g: ConvGeometry, dtype: np.dtype, first: int, count: int
+) -> tuple[slice, _cuda.Launch]:
+    images = images_of(g, first, count)
+    some = images.stop - images.start
+    vec = math.gcd(g.channels // g.groups, _cuda.LOAD_BYTES // dtype.itemsize)
+    return images, _cuda.row_launch(
+        "conv.cu", "col2im", some * g.height * g.width, g.channels // vec,
+        g, some, images.start, first, count,
+        DTYPE=dtype, VEC=vec, INDEX=index_type(g),
     )  # fmt: skip
+
+
+def _col2im(g, grad_columns, grad_image, first, count):
+    images, launch = _col2im_plan(g, grad_columns.dtype, first, count)
+    launch(grad_columns, grad_image[images])

@@ -33,8 +33,10 @@ from deformable._array import (
     specs,
 )
 from deformable._bilinear import bordered, locate, without_border
+from deformable._fused import View, strides, view
 from deformable.conv import (
     ConvGeometry,
+    bias_gradient,
     blocks,
     by_group,
     chunks,
@@ -45,6 +47,7 @@ from deformable.conv import (
     empty_columns,
     gradient_rows,
     image_rows,
+    images_of,
     index_type,
     pack_weight,
     tap_slices,
@@ -231,12 +234,11 @@ def _gradients(
         image = grad.reshape(g.batch, g.out_height, g.out_width, like.shape[1])
         return channels_first(image.astype(like.dtype, copy=False))
 
-    sums = compute_dtype(x.dtype)
     return DeformConv2dGradients(
-        x=channels_first(grad_image.astype(x.dtype)) if "x" in wanted else None,
+        x=channels_first(grad_image.astype(x.dtype, copy=False)) if "x" in wanted else None,
         offset=per_position(grad_offset, offset) if "offset" in wanted else None,
         weight=grad_weight if "weight" in wanted else None,
-        bias=grad_rows.sum(axis=0, dtype=sums).astype(x.dtype) if "bias" in wanted else None,
+        bias=bias_gradient(grad_rows, x.dtype) if "bias" in wanted else None,
         mask=per_position(grad_mask, mask) if "mask" in wanted else None,
     )
 
@@ -345,7 +347,7 @@ def _numpy_backward(g, grad_y, x, offset, weight, mask, wanted):
                 grad_offset[positions, :, taps, 1] = along_x
                 grad_mask[positions, :, taps] = along_mask
         grad_weight[..., taps] = unpacked(grad_packed, g)
-    inside = without_border(grad_image) if "x" in wanted else None
+    inside = without_border(grad_image).astype(x.dtype) if "x" in wanted else None
     grad_weight = grad_weight.reshape(weight.shape)
     return _gradients(g, x, offset, mask, wanted, inside, grad_offset, grad_weight, grad, grad_mask)
 
@@ -388,16 +390,19 @@ def _fused_gradients(g, grad, image, offset, weight, mask, wanted):
     """The gradients by kernels that make, or use up, columns in registers."""
     xp, dtype = array_module(image), compute_dtype(image.dtype)
     grad_image = grad_offset = grad_weight = grad_mask = None
+    o = _fused.operands(image, offset, mask)
     if wanted - {"bias"}:
-        packed = _fused_backward.pack_rows(g, grad)
+        packed = _fused_backward.pack_rows(g, o, grad)
     if "weight" in wanted:
-        grad_weight = _fused_backward.weight_gradient(g, packed, image, weight, offset, mask)
+        grad_weight = _fused_backward.weight_gradient(g, o, packed, image, weight, offset, mask)
     if wanted & {"offset", "mask"}:
         grad_offset = xp.empty((len(grad), g.offset_groups, g.taps, 2), offset.dtype)
     if "mask" in wanted:
         grad_mask = xp.empty(grad_offset.shape[:3], mask.dtype)
     if wanted & {"x", "offset", "mask"}:
-        column_gradients = _fused_backward.column_gradients(g, packed, image, weight, offset, mask)
+        column_gradients = _fused_backward.column_gradients(
+            g, o, packed, image, weight, offset, mask
+        )
     if "x" in wanted:
         grad_image = xp.zeros(image.shape, dtype)
         for first, count in _chunks(g, image):
@@ -428,13 +433,8 @@ def _column_gradients(g, grad, image, offset, weight, mask, wanted):
             grad_columns = empty_columns(g, count, like=image)
             _cuda.gemm(grad_out, packed, out=grad_columns)
         if wanted & {"offset", "mask"}:
-            vec = _vector_width(g, image, grad_columns)
-            _cuda.launch_rows(
-                "deform_conv.cu", "offset_gradient",
-                count * g.offset_groups * g.taps, g.channels // g.offset_groups // vec,
-                image, places, masks, grad_columns, grad_offset, grad_mask, g, first, count,
-                **_macros(g, image, vec),
-            )  # fmt: skip
+            launch = _offset_gradient_launch(g, image.dtype, _cuda.vector(image), first, count)
+            launch(image, places, masks, grad_columns, grad_offset, grad_mask)
         if "x" in wanted:
             _image_gradient(g, offset, mask, grad_columns, grad_image, first, count)
     grad_weight = unpack_weight(grad_packed, g, image.dtype) if "weight" in wanted else None
@@ -446,59 +446,97 @@ def _chunks(g, like):
     return chunks(g, g.channels * like.itemsize + g.offset_groups * LISTED_BYTES)
 
 
-def _vector_width(g, *arrays):
+def _vector_width(g, vector):
     """Channels that share a sample and a group of weights are loaded together."""
-    depth = math.gcd(g.channels // g.groups, g.channels // g.offset_groups)
-    return _cuda.vector_width(depth, *arrays)
+    return math.gcd(g.channels // g.groups, g.channels // g.offset_groups, vector)
 
 
-def _macros(g, like, vec):
-    return {"DTYPE": like.dtype, "VEC": vec, "INDEX": index_type(g), "SAMPLES": SAMPLES}
+def _macros(g, dtype, vec):
+    return {"DTYPE": dtype, "VEC": vec, "INDEX": index_type(g), "SAMPLES": SAMPLES}
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _im2col_launch(
+    g: ConvGeometry, dtype: np.dtype, vector: int, first: int, count: int
+) -> _cuda.Launch:
+    vec = _vector_width(g, vector)
+    return _cuda.Launch(
+        "deform_conv.cu", "im2col",
+        (-(-count * g.offset_groups * g.taps // SAMPLES),),
+        _cuda.row_block(g.channels // g.offset_groups // vec),
+        g, first, count, **_macros(g, dtype, vec),
+    )  # fmt: skip
 
 
 def _im2col(g, image, offset, mask, first, count):
     columns = empty_columns(g, count, like=image)
-    vec = _vector_width(g, image)
-    _cuda.launch(
-        "deform_conv.cu", "im2col",
-        (-(-count * g.offset_groups * g.taps // SAMPLES),),
-        _cuda.row_block(g.channels // g.offset_groups // vec),
-        image, offset, mask, columns, g, first, count,
-        **_macros(g, image, vec),
-    )  # fmt: skip
+    launch = _im2col_launch(g, image.dtype, _cuda.vector(image), first, count)
+    launch(image, offset, mask, columns)
     return columns
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _offset_gradient_launch(
+    g: ConvGeometry, dtype: np.dtype, vector: int, first: int, count: int
+) -> _cuda.Launch:
+    vec = _vector_width(g, vector)
+    return _cuda.row_launch(
+        "deform_conv.cu", "offset_gradient",
+        count * g.offset_groups * g.taps, g.channels // g.offset_groups // vec,
+        g, first, count, **_macros(g, dtype, vec),
+    )  # fmt: skip
+
+
+class ImageGradient(NamedTuple):
+    """The launches for some positions, the images that these have seen, and sizes of lists."""
+
+    images: slice
+    cells: int
+    samples: int
+    count_samples: _cuda.Launch
+    list_samples: _cuda.Launch
+    sort_samples: _cuda.Launch
+    image_gradient: _cuda.Launch
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _image_gradient_plan(
+    g: ConvGeometry, dtype: np.dtype, offset: View, mask: View | None, first: int, count: int
+) -> ImageGradient:
+    images = images_of(g, first, count)
+    some = images.stop - images.start
+    samples = count * g.offset_groups * g.taps
+    cells = some * g.offset_groups * (g.height + 1) * (g.width + 1)
+    places, masks = strides(offset), strides(mask)
+    vec = _vector_width(g, _cuda.LOAD_BYTES // dtype.itemsize)
+    kernel = functools.partial(
+        _cuda.Launch, "image_gradient.cu",
+        DTYPE=dtype, INDEX=index_type(g), VEC=vec, CORNERS=4,
+        OFFSET=offset.dtype, MASK=(mask or offset).dtype,
+    )  # fmt: skip
+    threads = (_cuda.THREADS,)
+    by_sample = (-(-samples // _cuda.THREADS),)
+    block = _cuda.row_block(g.channels // vec)
+    return ImageGradient(
+        images, cells, samples,
+        kernel("count_samples", by_sample, threads, g, places, images.start, first, count),
+        kernel("list_samples", by_sample, threads, g, places, masks, images.start, first, count),
+        kernel("sort_samples", (-(-cells // _cuda.THREADS),), threads, cells),
+        kernel(
+            "image_gradient", (-(-some * g.height * g.width // block[1]),), block, g, some, count
+        ),
+    )  # fmt: skip
 
 
 def _image_gradient(g, offset, mask, grad_columns, grad_image, first, count):
     """Add the gradient of the pixels that these columns have seen."""
     xp = array_module(grad_columns)
-    images = range(first // g.positions, (first + count - 1) // g.positions + 1)
-    samples = count * g.offset_groups * g.taps
-    cells = len(images) * g.offset_groups * (g.height + 1) * (g.width + 1)
-    counts = xp.zeros(cells + 1, np.int32)
-    lists = xp.empty(samples, np.int32)
-    weights = xp.empty((samples, 4), grad_image.dtype)
-    places, masks = _fused.strides(offset), _fused.strides(mask)
-    vec = _vector_width(g, grad_columns)
-    launch = functools.partial(
-        _cuda.launch, "image_gradient.cu",
-        DTYPE=grad_columns.dtype, INDEX=index_type(g), VEC=vec, CORNERS=4,
-        OFFSET=offset.dtype, MASK=(offset if mask is None else mask).dtype,
-    )  # fmt: skip
-    threads = (_cuda.THREADS,)
-    by_sample = (-(-samples // _cuda.THREADS),)
-    launch(
-        "count_samples", by_sample, threads, offset, counts, g, places, images.start, first, count
-    )
+    plan = _image_gradient_plan(g, grad_columns.dtype, view(offset), view(mask), first, count)
+    counts = xp.zeros(plan.cells + 1, np.int32)
+    lists = xp.empty(plan.samples, np.int32)
+    weights = xp.empty((plan.samples, 4), grad_image.dtype)
+    plan.count_samples(offset, counts)
     starts = xp.cumsum(counts, dtype=np.int32)  # the ends, until the lists are filled backwards
-    launch(
-        "list_samples", by_sample, threads,
-        offset, mask, starts, lists, weights, g, places, masks, images.start, first, count,
-    )  # fmt: skip
-    launch("sort_samples", (-(-cells // _cuda.THREADS),), threads, starts, lists, cells)
-    block = _cuda.row_block(g.channels // vec)
-    launch(
-        "image_gradient", (-(-len(images) * g.height * g.width // block[1]),), block,
-        grad_columns, lists, starts, weights, grad_image[images.start : images.stop], g,
-        len(images), count,
-    )  # fmt: skip
+    plan.list_samples(offset, mask, starts, lists, weights)
+    plan.sort_samples(starts, lists)
+    plan.image_gradient(grad_columns, lists, starts, weights, grad_image[plan.images])

@@ -13,17 +13,30 @@ The operator is the sparse matrix of ``roi_align``, and the gradient of a positi
 matrix with the hats along that axis replaced by their derivatives.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 from deformable import _cuda
-from deformable._array import Array, Pair, array_module, check_shape, check_wrt, compute_dtype, pair
+from deformable._array import (
+    CALLS,
+    Array,
+    Pair,
+    Spec,
+    array_module,
+    check_shape,
+    check_wrt,
+    compute_dtype,
+    pair,
+)
 from deformable._roi import (
     IMAGE,
+    RoIGeometry,
     Rule,
     arrange,
+    bins_launch,
     blocks,
     boxes,
     cuda_image,
@@ -31,7 +44,6 @@ from deformable._roi import (
     empty_image,
     image_from_rows,
     in_double,
-    launch_bins,
     macros,
     make_bins,
     make_plan,
@@ -316,8 +328,14 @@ def _geometry(
         function, x, rois, output_size, spatial_scale, sampling_ratio=sampling_ratio, gamma=gamma,
         offset=offset, mask=mask, **gradient,
     )  # fmt: skip
+    return g if offset is None else _with_bins(function, g, Spec(offset.shape, offset.dtype))
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _with_bins(function: str, g: RoIGeometry, offset: Spec) -> RoIGeometry:
+    """An offset for every bin."""
     check_shape(function, "offset", offset, (g.rois, 2, g.pooled_h, g.pooled_w))
-    return g if offset is None else g._replace(part_h=g.pooled_h, part_w=g.pooled_w)
+    return g._replace(part_h=g.pooled_h, part_w=g.pooled_w)
 
 
 def _ps_geometry(
@@ -330,8 +348,12 @@ def _ps_geometry(
         sampling_ratio=pair(function, "sampling_ratio", sampling_ratio, 1), gamma=gamma,
         offset=offset, mask=mask, **gradient,
     )  # fmt: skip
-    if offset is None:
-        return g
+    return g if offset is None else _with_parts(function, g, Spec(offset.shape, offset.dtype))
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _with_parts(function: str, g: RoIGeometry, offset: Spec) -> RoIGeometry:
+    """An offset for every class and part."""
     check_shape(function, "offset", offset, (g.rois, "2 classes", "part height", "part width"))
     _, channels, part_h, part_w = offset.shape
     classes = channels // 2
@@ -344,25 +366,26 @@ def _ps_geometry(
     return g._replace(classes=classes, part_h=part_h, part_w=part_w)
 
 
-@np.errstate(all="ignore")
 def _backward(function, g, rule, grad_y, x, rois, offset, mask, wrt):
     wanted = check_wrt(function, wrt, DeformRoIPoolGradients._fields)
     wanted -= {name for name, array in (("offset", offset), ("mask", mask)) if array is None}
     run = _numpy_backward if array_module(x) is np else _cuda_backward
-    gradients = run(function, g, rule, grad_y, x, rois, offset, mask, wanted)
+    return run(function, g, rule, grad_y, x, rois, offset, mask, wanted)
+
+
+def _gradients(x, offset, mask, wanted, grad_image, grad_offset, grad_mask):
+    """The wanted gradients, each in the dtype of its array."""
     return DeformRoIPoolGradients(
-        *(
-            grad.astype(array.dtype, copy=False) if name in wanted else None
-            for name, grad, array in zip(
-                DeformRoIPoolGradients._fields, gradients, (x, offset, mask), strict=True
-            )
-        )
+        x=grad_image.astype(x.dtype, copy=False) if "x" in wanted else None,
+        offset=grad_offset.astype(offset.dtype, copy=False) if "offset" in wanted else None,
+        mask=grad_mask.astype(mask.dtype, copy=False) if "mask" in wanted else None,
     )
 
 
 # ---- NumPy
 
 
+@np.errstate(all="ignore")
 def _numpy_backward(function, g, rule, grad_y, x, rois, offset, mask, wanted):
     box = boxes(function, g, rule, rois)
     at = make_bins(g, rule, box, offset)
@@ -395,7 +418,9 @@ def _numpy_backward(function, g, rule, grad_y, x, rois, offset, mask, wanted):
     grad_offset = None
     if "offset" in wanted:
         grad_offset = _sum_over_parts(g, box, along_y.reshape(per_bin), along_x.reshape(per_bin))
-    return image_from_rows(grad_image, g), grad_offset, of_mask.reshape(per_bin).sum(axis=3)
+    grad_mask = of_mask.reshape(per_bin).sum(axis=3)
+    image = image_from_rows(grad_image, g)
+    return _gradients(x, offset, mask, wanted, image, grad_offset, grad_mask)
 
 
 def _sum_over_parts(g, box, along_y, along_x):
@@ -414,28 +439,31 @@ def _sum_over_parts(g, box, along_y, along_x):
 def _cuda_backward(function, g, rule, grad_y, x, rois, offset, mask, wanted):
     with x.device:
         xp, dtype = array_module(x), compute_dtype(x.dtype)
+        rois, masks = in_double(rois), in_double(mask)
         wide = padded(g, x.dtype)
         plan = make_plan(wide, rule, rois, offset, dtype)
         grad = cuda_output_rows(grad_y, wide, x.dtype)
         grad_image = grad_offset = grad_mask = None
         if "x" in wanted:
-            rows = cuda_image_gradient(wide, rule, plan, grad, mask)
+            rows = cuda_image_gradient(wide, rule, plan, grad, masks)
             grad_image = image_from_rows(rows[:, : g.depth], g)
         if wanted & {"offset", "mask"}:
             image = cuda_image(x, wide)
             along = xp.empty((g.rows, 3), dtype)
-            launch_bins(
-                "deform_roi_pool.cu", "offset_gradient", wide, (image, grad),
-                image, grad, plan.runs, plan.images, in_double(mask), along, wide, rule,
-            )  # fmt: skip
+            launch = bins_launch("deform_roi_pool.cu", "offset_gradient", wide, (image, grad), rule)
+            launch(image, grad, plan.runs, plan.images, masks, along)
         if "offset" in wanted:
             grad_offset = xp.empty(offset.shape, dtype)
-            _cuda.launch_rows(
-                "deform_roi_pool.cu", "sum_over_parts", offset.size // 2, 1,
-                along, in_double(rois), grad_offset, g, rule,
-                **macros(g, x.dtype),
-            )  # fmt: skip
+            _sum_launch(g, rule, x.dtype)(along, rois, grad_offset)
         if "mask" in wanted:
             of_mask = along[:, 2].reshape(g.rois, g.pooled_h, g.pooled_w, g.classes)
             grad_mask = of_mask.sum(axis=3)
-        return grad_image, grad_offset, grad_mask
+        return _gradients(x, offset, mask, wanted, grad_image, grad_offset, grad_mask)
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _sum_launch(g: RoIGeometry, rule: Rule, dtype: np.dtype) -> _cuda.Launch:
+    return _cuda.row_launch(
+        "deform_roi_pool.cu", "sum_over_parts", g.rois * g.classes * g.part_h * g.part_w, 1,
+        g, rule, **macros(g, dtype),
+    )  # fmt: skip

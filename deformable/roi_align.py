@@ -32,6 +32,7 @@ from deformable._roi import (
     Rule,
     Runs,
     arrange,
+    bins_launch,
     blocks,
     boxes,
     cuda_image,
@@ -42,7 +43,6 @@ from deformable._roi import (
     gather,
     image_from_rows,
     in_double,
-    launch_bins,
     make_bins,
     make_plan,
     make_runs,
@@ -346,10 +346,8 @@ def _cuda_average(function, g, rule, x, rois, offset, mask):
         plan = make_plan(wide, rule, rois, offset, compute_dtype(x.dtype))
         image = cuda_image(x, wide)
         y = array_module(x).empty((g.rows, wide.depth), x.dtype)
-        launch_bins(
-            "roi_align.cu", "average", wide, (image, y),
-            image, plan.runs, plan.table, plan.images, in_double(mask), y, wide, rule,
-        )  # fmt: skip
+        launch = bins_launch("roi_align.cu", "average", wide, (image, y), rule)
+        launch(image, plan.runs, plan.table, plan.images, in_double(mask), y)
         return output_from_rows(y[:, : g.depth], g)
 
 
@@ -362,11 +360,11 @@ def _cuda_average_backward(function, g, rule, grad_y, x, rois):
 
 
 def cuda_image_gradient(
-    g: RoIGeometry, rule: Rule, plan: Plan, grad: Array, mask: Array | None = None
+    g: RoIGeometry, rule: Rule, plan: Plan, grad: Array, masks: Array | None = None
 ) -> Array:
-    """Gradient of the arranged image of :func:`average`, given that of its rows."""
-    args = plan.table, in_double(mask), g, rule
-    return gather("roi_align.cu", "average_gradient", g, plan, (grad,), *args)
+    """Gradient of the arranged image of :func:`average`, by that of its rows; masks in double."""
+    arrays = plan.table, masks
+    return gather("roi_align.cu", "average_gradient", g, plan, (grad,), *arrays, values=(rule,))
 
 
 # ---- maxima

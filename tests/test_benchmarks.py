@@ -38,14 +38,14 @@ COMPARISONS = {
 }
 # functions of the library that an eager call on cupy arrays enters: forward, forward + backward
 ENTERED = {
-    "deform_conv2d": (42, 155),
-    "conv2d": (45, 145),
-    "roi_align": (70, 142),
-    "roi_pool": (70, 182),
-    "ps_roi_pool": (70, 142),
-    "ps_roi_align": (70, 142),
-    "deform_ps_roi_pool": (86, 222),
-    "deform_roi_pool": (77, 204),
+    "deform_conv2d": (33, 101),
+    "conv2d": (36, 96),
+    "roi_align": (44, 89),
+    "roi_pool": (39, 103),
+    "ps_roi_pool": (44, 89),
+    "ps_roi_align": (43, 87),
+    "deform_ps_roi_pool": (49, 120),
+    "deform_roi_pool": (46, 114),
 }
 
 

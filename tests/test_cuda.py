@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deformable import _cuda, float32_precision
+from deformable import _cuda, conv2d, conv2d_backward, float32_precision
 from deformable.testing import error_bound
 from tests.arrays import host
 from tests.conftest import ORDERS, kernels
@@ -111,7 +111,37 @@ def test_a_launch_with_less_shared_memory_takes_none_from_others(xp, monkeypatch
     monkeypatch.setattr(_cuda, "source", lambda file: probe)
     out = xp.empty(32, np.float32)
     for size in 60 << 10, 50 << 10:
-        _cuda.launch("probe.cu", "probe", (1,), (32,), out, shared=size)
+        _cuda.Launch("probe.cu", "probe", (1,), (32,), shared=size)(out)
         assert host(xp, out)[0] == 31
     kernel = _cuda._kernel("probe.cu", "probe", (), xp.cuda.runtime.getDevice())
     assert kernel.max_dynamic_shared_size_bytes >= 60 << 10
+
+
+# ---- what is kept of a call serves the next one, if that is of its kind
+
+
+def identity(xp, images):
+    """Results of a convolution that leaves channels as they are, to the bit in float32."""
+    weight = xp.asarray(np.eye(16, dtype=np.float32).reshape(16, 16, 1, 1))
+    return conv2d(images, weight), conv2d_backward(images, images, weight, wrt=["x"]).x
+
+
+def test_the_next_call_may_have_another_precision(xp):
+    """1 + 2^-12 has more bits than TF32 keeps."""
+    images = xp.full((1, 16, 3, 5), 1 + 2.0**-12, np.float32)
+    for precision in "highest", "high", "highest":
+        with float32_precision(precision):
+            for result in identity(xp, images):
+                exact = bool((host(xp, result) == host(xp, images)).all())
+                assert exact == (precision == "highest")
+
+
+def test_the_next_call_may_have_arrays_that_are_less_aligned(xp):
+    rng = np.random.default_rng(3)
+    values = rng.integers(-8, 9, (1, 3, 5, 16)).astype(np.float32)
+    memory = xp.zeros(values.size + 4, np.float32)
+    for start in 0, 1, 2, 0:
+        rows = memory[start : start + values.size].reshape(values.shape)
+        rows[...] = xp.asarray(values)
+        for result in identity(xp, rows.transpose(0, 3, 1, 2)):
+            assert (host(xp, result) == values.transpose(0, 3, 1, 2)).all()

@@ -6,7 +6,6 @@ from numpy.testing import assert_array_equal
 
 import deformable
 from deformable import (
-    _cuda,
     _fused,
     conv2d,
     conv2d_backward,
@@ -477,40 +476,23 @@ def last_row(xp, height, width=2**15, count=256):
     offset[0, -1, -count:] = xp.asarray(quarters)
     columns = deformable.deform_conv._im2col(g, image, offset, None, first, count)
 
-    macros = deformable.deform_conv._macros(g, image, vec=1)
     grad_offset = xp.zeros(offset.shape, np.float32)
-    _cuda.launch_rows(
-        "deform_conv.cu", "offset_gradient", count, 1,
-        image, offset, None, columns, grad_offset, None, g, first, count, **macros,
-    )  # fmt: skip
+    launch = deformable.deform_conv._offset_gradient_launch(g, image.dtype, 1, first, count)
+    launch(image, offset, None, columns, grad_offset, None)
 
-    cells = (height + 1) * (width + 1)
     around = 3 * (width + 1)  # that many cells at the end are those around the last row
-    starts = xp.zeros(cells + 1, np.int32)
+    seen = _fused.view(offset.transpose(0, 3, 1, 2))
+    plan = deformable.deform_conv._image_gradient_plan(g, image.dtype, seen, None, first, count)
+    starts = xp.zeros(plan.cells + 1, np.int32)
     lists, weights = xp.empty(count, np.int32), xp.empty((count, 4), np.float32)
     grad_image = xp.zeros((1, height, width, 1), np.float32)
-    macros = {
-        "DTYPE": image.dtype, "INDEX": deformable.conv.index_type(g), "VEC": 1,
-        "OFFSET": offset.dtype, "MASK": offset.dtype, "CORNERS": 4,
-    }  # fmt: skip
-    strides = _fused.strides(offset.transpose(0, 3, 1, 2))
-
-    def launch(name, blocks, *args):
-        _cuda.launch("image_gradient.cu", name, (blocks,), (256,), *args, **macros)
-
-    launch("count_samples", 1, offset, starts, g, strides, 0, first, count)
+    plan.count_samples(offset, starts)
     starts[-around:] = xp.cumsum(starts[-around:], dtype=np.int32)
-    launch(
-        "list_samples", 1,
-        offset, None, starts, lists, weights, g, strides, _fused.strides(None), 0, first, count,
-    )  # fmt: skip
+    plan.list_samples(offset, None, starts, lists, weights)
     with configure(last_blocks=-(-around // 256)):
-        launch("sort_samples", -(-cells // 256), starts, lists, cells)
+        plan.sort_samples(starts, lists)
     with configure(last_blocks=1):  # of 256 pixels
-        _cuda.launch_rows(
-            "image_gradient.cu", "image_gradient", height * width, 1,
-            columns, lists, starts, weights, grad_image, g, 1, count, **macros,
-        )  # fmt: skip
+        plan.image_gradient(columns, lists, starts, weights, grad_image)
     results = columns, grad_offset[0, -1, -count:], weights, grad_image[0, -1, -count:]
     return [a.get() for a in results]
 

@@ -32,13 +32,13 @@ def order(request):
 def launched(monkeypatch):
     """The kernels that have been launched, in their order."""
     names = []
-    launch = deformable._cuda.launch
+    run = deformable._cuda.Launch.__call__
 
-    def remember(file, name, *args, **keywords):
-        names.append(name)
-        launch(file, name, *args, **keywords)
+    def remember(launch, *arrays):
+        names.append(launch.name)
+        run(launch, *arrays)
 
-    monkeypatch.setattr(deformable._cuda, "launch", remember)
+    monkeypatch.setattr(deformable._cuda.Launch, "__call__", remember)
     return names
 
 

@@ -314,12 +314,13 @@ def test_the_gradient_of_the_result_is_copied_only_if_it_must_be(precision, orde
     rows, misaligned = flat[:-1].reshape(6, -1), flat[1:].reshape(6, -1)
     with deformable.float32_precision(mode):
         for groups in 1, 2, 4:
-            g = geometry(dtype, c=16, o=2 * unit, groups=groups)
+            g = geometry(dtype, c=16, h=2, w=3, o=2 * unit, groups=groups)
+            o = _fused.operands(rows, None, None)
             filled = 2 * unit // groups % unit
-            packed = _fused_backward.pack_rows(g, rows)
+            packed = _fused_backward.pack_rows(g, o, rows)
             assert (packed is rows) == (not filled and precision != "tf32")
             for given in rows, misaligned:
-                packed = _fused_backward.pack_rows(g, given).get().reshape(6, groups, -1)
+                packed = _fused_backward.pack_rows(g, o, given).get().reshape(6, groups, -1)
                 want = np.zeros((6, groups, unit if filled else 2 * unit // groups), dtype)
                 want[..., : 2 * unit // groups] = given.get().reshape(6, groups, -1)
                 if precision == "tf32":

@@ -6,6 +6,8 @@ image, they take what they have: ``--large``. Whatever counts by 64 bits from so
 to do so on small arrays too, where all of it can be compared.
 """
 
+import copy
+
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
@@ -28,13 +30,15 @@ def test_counting_by_64_bits_changes_no_bit(name, xp, monkeypatch):
     calls = [c for c in calls if results_of(operator, c)[0].size][:3]
     before = [[host(xp, a) for a in results_of(operator, call)] for call in calls]
     kinds = set()
-    launch, samples, csr = _cuda.launch, _bilinear.Samples, _roi.csr_array
+    run, samples, csr = _cuda.Launch.__call__, _bilinear.Samples, _roi.csr_array
 
-    def launch_with_int64(file, *args, **defines):
-        if "INDEX" in defines and not file.startswith("fused_"):  # which are for small images
-            defines["INDEX"] = "int64"
+    def run_with_int64(launch, *arrays):
+        if not launch.file.startswith("fused_"):  # which are for small images
+            launch = copy.copy(launch)
+            launch.defines = tuple((dict(launch.defines) | {"INDEX": "int64"}).items())
+            launch.kernels = {}
             kinds.add("int64")
-        launch(file, *args, **defines)
+        run(launch, *arrays)
 
     def noted(make):
         def noting(*args, **options):
@@ -44,7 +48,7 @@ def test_counting_by_64_bits_changes_no_bit(name, xp, monkeypatch):
 
         return noting
 
-    monkeypatch.setattr(_cuda, "launch", launch_with_int64)
+    monkeypatch.setattr(_cuda.Launch, "__call__", run_with_int64)
     monkeypatch.setattr(_bilinear, "INT32_MAX", 0)
     monkeypatch.setattr(_roi, "INT32_MAX", 2)
     monkeypatch.setattr(_bilinear, "Samples", noted(samples))

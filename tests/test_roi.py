@@ -211,11 +211,11 @@ def test_every_bin_is_listed_in_the_tiles_that_it_sees_alone(offsets, size, xp, 
     order, times = xp.asarray(np.arange(k, dtype=np.int32)), xp.zeros(want.shape, np.int32)
     text = _cuda.source("roi_gather.cuh") + LIST_HITS
     monkeypatch.setattr(_cuda, "source", lambda file: text)
-    _cuda.launch(
-        "a test", "list_hits", (want.size // g.rows,), (8, rows),
-        plan.runs, order, starts, plan.reaches, times, g,
+    launch = _cuda.Launch(
+        "a test", "list_hits", (want.size // g.rows,), (8, rows), g,
         **_roi.macros(g, np.dtype(np.float32), rows=rows),
     )  # fmt: skip
+    launch(plan.runs, order, starts, plan.reaches, times)
     assert_array_equal(host(xp, times)[..., matters], want[..., matters])
 
 

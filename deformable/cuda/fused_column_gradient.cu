@@ -51,7 +51,7 @@ struct Layout {
 
 // ---- weights (O, C / groups, kh, kw) -> packed (tiles, steps, [high, low], TILE_N, 64 bytes)
 extern "C" __global__ void __launch_bounds__(256)
-    pack_weights(const T* __restrict__ weight, const Strides strides, Unit* __restrict__ packed,
+    pack_weights(const T* __restrict__ weight, Unit* __restrict__ packed, const Strides strides,
                  const ConvGeometry g, const Layout l, const int64 units) {
   const int64 i = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= units) return;

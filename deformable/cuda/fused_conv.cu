@@ -89,9 +89,9 @@ struct alignas(16) SampleId {
 // ---- weights (O, C / groups, kh, kw) -> packed (groups, tiles, steps, [high, low], TILE_N, 64 bytes)
 // and a list of the samples (groups, slots, 4 >> lane_bits)
 extern "C" __global__ void __launch_bounds__(256)
-    pack_weights(const T* __restrict__ weight, const Strides strides, Unit* __restrict__ packed,
-                 SampleId* __restrict__ samples, const ConvGeometry g, const Layout l,
-                 const int64 units) {
+    pack_weights(const T* __restrict__ weight, Unit* __restrict__ packed,
+                 SampleId* __restrict__ samples, const Strides strides, const ConvGeometry g,
+                 const Layout l, const int64 units) {
   const int64 i = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int samples_of_group = l.slots * l.samples;
   if (i < g.groups * samples_of_group) {
