@@ -136,6 +136,14 @@ def test_loads_that_check_nothing_stay_within_the_image(channels, precision, ord
     check(deform_conv2d, with_gradient(deform_conv2d, arrays, keywords), keywords, mode)
 
 
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_a_slot_may_have_more_samples_than_taps_are_left(precision, order):
+    """Of a plain convolution, whose full tiles of positions check nothing else."""
+    dtype, mode = PRECISIONS[precision]
+    arrays, keywords = plain(*random_case(dtype, c=8, h=16, w=16))
+    check(conv2d, with_gradient(conv2d, arrays, keywords), keywords, mode)
+
+
 # ---- how the work is cut into pieces
 
 

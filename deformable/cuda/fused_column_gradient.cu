@@ -279,8 +279,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const int channels_left = l.run - first_unit * UNIT;
         const char* const pixels = reinterpret_cast<const char*>(image + channel);
         T* const columns = grad_columns + column_offset(g, count, tile_row + row, tap, channel);
-        const bool all_exist = inside && ((chunk + 1) * UNITS << l.lane_bits) * UNIT <= l.run;
-        const auto use = [&](const bool whole) {  // whole: nothing to check
+        const auto use = [&](const bool whole) {  // a run of whole units, and all samples inside
 #pragma unroll
           for (int u = 0; u < UNITS; ++u) {
             const int first_channel = u * UNIT << l.lane_bits;
@@ -307,7 +306,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             }
           }
         };
-        if (VEC == UNIT && all_exist && corrected) {
+        if (VEC == UNIT && inside && corrected) {
           use(true);
         } else {
           use(false);
