@@ -306,7 +306,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             }
           }
         };
-        if (VEC == UNIT && inside && corrected) {
+        if (VEC == UNIT && TERMS == 1 && inside) {  // three terms leave no registers for it
           use(true);
         } else {
           use(false);
