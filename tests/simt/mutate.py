@@ -61,7 +61,8 @@ PATTERNS = [
     (r"\batomicAdd\(([^,;]+), ([^;]+)\);", r"*(\1) += \2;"),
 ]
 NO_CODE = re.compile(r"\s*(//|#|template\b|struct\b|static_assert|typedef\b|\}|$)")
-SIZES = re.compile(r"__launch_bounds__|^\s*[\w ]+ \w+(\[\w+\])+;")  # larger ones do no harm
+# Limits of registers and sizes of arrays: larger ones do no harm.
+SIZES = re.compile(r"__launch_bounds__|\bBLOCKS =|^\s*[\w ]+ \w+(\[\w+\])+;")
 QUICKLY_BUILT = ("-O0", "-g0", "-w")
 SURVIVED, KILLED, NOT_COMPILED, ERROR = 0, 1, 77, 2
 
