@@ -40,7 +40,10 @@ def array_module(array: Array) -> ModuleType:
 def check_library(
     function: str, arrays: Mapping[str, Array | None], optional: Collection[str] = ()
 ) -> ModuleType:
-    """The one library, and the one device, of ``arrays``; the ``optional`` ones may be None."""
+    """The one library, and the one device, of ``arrays``; the ``optional`` ones may be None.
+
+    Kernels can only read what is aligned to its dtype.
+    """
     first = next(iter(arrays))
     example: Array = arrays[first]
     xp = array_module(example)
@@ -61,6 +64,11 @@ def check_library(
             raise ValueError(
                 f"{function}: {name} is on {array.device}, expected {example.device} "
                 f"where {first} is"
+            )
+        if xp is not np and math.gcd(array.data.ptr, *array.strides) % array.itemsize:
+            raise ValueError(
+                f"{function}: {name} begins at address {array.data.ptr:#x} and has strides "
+                f"{array.strides}, expected multiples of {array.itemsize} bytes, as its dtype has"
             )
     return xp
 

@@ -44,6 +44,31 @@ def pooled(name, xp, k=3):
     return operator, call | {key: xp.asarray(a) for key, a in repeated.items()}
 
 
+def off_by_a_byte(array, xp):
+    """Zeros at an address that the dtype does not allow."""
+    return xp.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+
+
+def apart(array, xp):
+    """Zeros with a byte too much between neighbours along the first axis."""
+    step = array.nbytes // len(array) + 1
+    room = xp.zeros(step * len(array) // array.itemsize + 1, array.dtype)
+    return xp.lib.stride_tricks.as_strided(room, array.shape, (step, *array.strides[1:]))
+
+
+@pytest.mark.parametrize("moved", [off_by_a_byte, apart])
+@pytest.mark.parametrize("name", ["offset", "mask", "x", "weight"])
+def test_memory_that_no_kernel_can_read_is_refused(name, moved, xp):
+    call = deformed(xp, np.float32)
+    call[name] = moved(call[name], xp)
+    if xp is np:  # reads them all the same
+        y = deform_conv2d(**call)
+        assert_array_equal(y, deform_conv2d(**call | {name: call[name].copy()}))
+        return
+    with pytest.raises(ValueError, match=f"^deform_conv2d: {name} .* multiples of 4 bytes"):
+        deform_conv2d(**call)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["offset", "mask", "x", "weight"])
 def test_one_nan_is_no_crash(name, dtype, xp):
