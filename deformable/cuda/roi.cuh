@@ -240,9 +240,8 @@ struct Weights {
 // weigh(axis, place) answers for a pixel.
 template <class Weigh>
 __device__ __forceinline__ void list_weights(Weights& weights, Weigh weigh) {
-  const unsigned half = (1u << TILE) - 1;
-  const unsigned lanes = blockDim.x > TILE ? half << (threadIdx.x & TILE) : row_lanes();
-  const unsigned before = (1u << (threadIdx.y * blockDim.x + threadIdx.x) % 32) - 1;
+  const unsigned half = (1u << TILE) - 1, lane = (threadIdx.y * blockDim.x + threadIdx.x) % 32;
+  const unsigned lanes = row_lanes() & half << (lane & TILE), before = (1u << lane) - 1;
   int count = 0;
   __syncwarp(row_lanes());  // all have read what was there
   for (int i = threadIdx.x; i < 2 * TILE; i += blockDim.x) {

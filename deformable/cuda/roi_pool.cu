@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   const int height = static_cast<int>(along_y.total), width = static_cast<int>(along_x.total);
   for (int c = threadIdx.x * VEC; c < g.channels; c += blockDim.x * VEC) {
     Winner winner;
-    for (int i = 0; i < height && width > 0; ++i) {
+    for (int i = 0; i < height; ++i) {
       const T* pixel = image + c + pixel_offset(g, images[bin.roi], along_y.pixel + i,
                                                 along_x.pixel, 0);
       for (int j = 0; j < width; ++j) {
