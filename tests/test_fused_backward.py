@@ -274,6 +274,27 @@ def test_nan_and_infinities_go_where_they_go_in_numpy(array, value, precision, o
         assert_array_equal(a == -np.inf, b == -np.inf, name)
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_infinity_leaves_other_positions_as_they_are(inside, order, monkeypatch):
+    """Also those in blocks that compute a second time, without corrections."""
+    monkeypatch.setattr(_fused, "resources", lambda device: (1, 228 << 10))
+    sizes = {"c": 16, "h": 8, "w": 11, "o": 40, "kernel": (1, 4), "padding": 0}
+    arrays, keywords = inner_case(np.float32, 16, 4) if inside else random_case(np.float32, **sizes)
+    arrays = with_gradient(deform_conv2d, arrays, keywords)
+    finite = deform_conv2d_backward(**on(cupy, arrays), **keywords)
+    arrays["grad_y"][0, 1, 2, 3] = np.inf
+    have = deform_conv2d_backward(**on(cupy, arrays), **keywords)
+    want = deform_conv2d_backward(**exactly(arrays), **keywords)
+    x, untouched = have.x.get(), np.isfinite(want.x)
+    assert_array_equal(np.isnan(x), np.isnan(want.x))
+    assert_array_equal(x[untouched], finite.x.get()[untouched])
+    for name in "offset", "mask":
+        a, b = getattr(have, name).get(), getattr(finite, name).get()
+        assert not np.isfinite(a[..., 2, 3]).all()
+        a[..., 2, 3] = b[..., 2, 3]
+        assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_is_outside_is_never_seen(precision, order):
     dtype, mode = PRECISIONS[precision]
