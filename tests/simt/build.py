@@ -34,10 +34,9 @@ KERNEL = (
     "-ftrivial-auto-var-init=pattern",  # what a kernel forgets to initialise is the same garbage
     *("-Wno-unknown-pragmas", "-Wno-unused", "-Wno-attributes"),
 )
-# In libraries the simulator's own folder has this name, by which ``place`` knows it from a kernel,
-# and which is the same for every copy of the project: they share the cache.
-ALIAS = "/simt"
-PATHS = (f"-I{HERE}", f"-ffile-prefix-map={HERE}={ALIAS}")
+INCLUDE = f"-I{HERE}"
+# Copies of the project share the cache: a library may tell of the dialect in another's folder.
+NOT_A_KERNEL = re.compile(r"\?\?|.*/(dialect|runtime)/")
 # Without crtbegin.o the .bss of the library is its shared memory and nothing else.
 LINK = ("-shared", "-nostartfiles")
 
@@ -90,7 +89,7 @@ def _precompiled(options):
             source = pathlib.Path(fresh, "new", "header.h")
             source.parent.mkdir()
             source.write_text(text)
-            _run(["g++", *options, *PATHS, "-x", "c++-header", str(source), "-o", f"{source}.gch"])
+            _run(["g++", *options, INCLUDE, "-x", "c++-header", str(source), "-o", f"{source}.gch"])
             with contextlib.suppress(OSError):  # another process was faster
                 source.parent.rename(folder)
     return header
@@ -100,16 +99,15 @@ def place(library, offset):
     """'file:line' of a kernel's own code (not the dialect's) at an offset in its library."""
     command = ["addr2line", "-i", "-e", str(library), hex(offset)]
     frames = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
-    own = [frame for frame in frames if frame and not frame.startswith((ALIAS, "??"))]
+    own = [frame for frame in frames if frame and not NOT_A_KERNEL.match(frame)]
     return pathlib.Path(own[0].split()[0]).name if own else None
 
 
 @functools.cache
 def _own_hash():
-    """Of the simulator's C++ and of its name in libraries."""
+    """Of the simulator's C++."""
     files = sorted((HERE / "dialect").iterdir()) + sorted((HERE / "runtime").iterdir())
-    texts = (file.read_bytes() for file in files)
-    return hashlib.sha256(b"\0".join((ALIAS.encode(), *texts))).hexdigest()
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _key(*texts):
@@ -123,7 +121,7 @@ def _build(name, text, compile_options, link_options):
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             source, compiled, linked = (f"{folder}/{name}.{end}" for end in ("cpp", "o", "so"))
             pathlib.Path(source).write_text(text)
-            _run(["g++", *compile_options, *PATHS, "-c", source, "-o", compiled])
+            _run(["g++", *compile_options, INCLUDE, "-c", source, "-o", compiled])
             _run(["g++", compiled, *link_options, "-o", linked])
             os.replace(linked, library)
     return library

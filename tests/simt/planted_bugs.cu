@@ -178,6 +178,16 @@ if (t == 0) atomicAdd(i, 1);
 PICK(, __syncthreads());
 if (b == 0 && t == 1) y[0] = *i;  // here
 
+//// plain access behind which its thread has an atomic
+// message: race on static shared memory at byte \d+: atomic here, written by thread 0
+// launch: grid=1
+__shared__ int sum;
+if (t == 0) sum = 0;
+PICK(, __syncthreads());
+atomicAdd(&sum, 1);  // here
+__syncthreads();
+if (t == 0) y[0] = sum;
+
 //// two blocks write one element
 // message: race on y at byte 0: write here, written by thread 0 of block 0
 if (t == 0) y[b * PICK(0, 1)] = 1;  // here

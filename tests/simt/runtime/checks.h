@@ -13,6 +13,9 @@ bool happened_before(const Stamp& stamp, const Region& region) {
   return stamp.thread / WARP == m.current / WARP &&
          stamp.clock <= m.thread().clocks[stamp.thread % WARP];
 }
+bool same_moment(const Stamp& a, const Stamp& b) {
+  return a.block == b.block && a.thread == b.thread && a.epoch == b.epoch && a.clock == b.clock;
+}
 void check_race(const Region& region, const char* p, const Stamp& earlier, Access now,
                 const char* then, const void* address) {
   if (happened_before(earlier, region) || (now == ATOMIC && earlier.atomic)) return;
@@ -31,7 +34,10 @@ void check_races(Region& region, const char* p, size_t size, Access access, cons
     if (access != READ) {
       for (const Stamp& reader : cell.readers)
         check_race(region, p, reader, access, "read", address);
+      // its atomic does not make up for a plain write by which the same thread still races
+      const bool hidden = same_moment(cell.writer, me) && !cell.writer.atomic;
       cell.writer = me;
+      if (hidden) cell.writer.atomic = false;
     } else {
       const Stamp& newest = cell.readers[0];
       if (newest.block != me.block || newest.thread / WARP != m.current / WARP)
