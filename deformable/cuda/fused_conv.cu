@@ -152,7 +152,7 @@ __device__ __forceinline__ u32 plan_slots(const ConvGeometry& g, const Layout& l
     bool all = true;
 #pragma unroll
     for (int corner = 0; corner < CORNERS; ++corner) {
-      const int pixel = sample.row < 0 ? -1 : rows.corner[corner];
+      const int pixel = sample.row >= 0 ? rows.corner[corner] : -1;
       all &= pixel >= 0;
       rows.corner[corner] = pixel < 0 ? -1 : pixel * l.rows + sample.row;
     }
