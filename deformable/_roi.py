@@ -584,23 +584,24 @@ def make_plan(
 ) -> Plan:
     """The bins of ``rois``, shifted by ``offset``; with ``weights`` of this dtype, if any."""
     xp = array_module(rois)
-    runs = 2 * g.bins if g.shifted else g.pooled_h + g.pooled_w
+    runs, launch = _plan_launch(g, rule, weights or np.dtype(np.float32))
     plan = Plan(
         xp.empty((g.rois * runs, RUN), np.float64),
         None if weights is None or g.shifted else xp.empty((g.rois * runs, TILE), weights),
         xp.empty(g.rois, np.int32),
         xp.empty((g.rois, REACH), np.int32),
     )
-    _plan_launch(g, rule, weights or np.dtype(np.float32))(
-        in_double(rois), in_double(offset), *plan
-    )
+    launch(in_double(rois), in_double(offset), *plan)
     return plan
 
 
 @functools.lru_cache(maxsize=CALLS)
-def _plan_launch(g: RoIGeometry, rule: Rule, weights: np.dtype) -> _cuda.Launch:
+def _plan_launch(g: RoIGeometry, rule: Rule, weights: np.dtype) -> tuple[int, _cuda.Launch]:
+    """How many runs a RoI has, and the launch that makes them."""
     runs = 2 * g.bins if g.shifted else g.pooled_h + g.pooled_w
-    return _cuda.Launch("roi.cu", "plan", (g.rois,), _line(runs), g, rule, **macros(g, weights))
+    return runs, _cuda.Launch(
+        "roi.cu", "plan", (g.rois,), _line(runs), g, rule, **macros(g, weights)
+    )
 
 
 class Layout(NamedTuple):
@@ -618,7 +619,7 @@ class Layout(NamedTuple):
 @functools.lru_cache(maxsize=CALLS)
 def padded(g: RoIGeometry, dtype: np.dtype) -> RoIGeometry:
     """With whole vectors of channels in every row, where rows are copies anyway."""
-    vec = 16 // dtype.itemsize
+    vec = _cuda.LOAD_BYTES // dtype.itemsize
     if g.planes == 1 or g.depth < vec:
         return g
     return g._replace(channels=g.planes * (-(-g.depth // vec) * vec))

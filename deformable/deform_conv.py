@@ -33,7 +33,7 @@ from deformable._array import (
     specs,
 )
 from deformable._bilinear import bordered, locate, without_border
-from deformable._fused import View, strides, view
+from deformable._fused import View, run_length, strides, view
 from deformable.conv import (
     ConvGeometry,
     bias_gradient,
@@ -446,11 +446,6 @@ def _chunks(g, like):
     return chunks(g, g.channels * like.itemsize + g.offset_groups * LISTED_BYTES)
 
 
-def _vector_width(g, vector):
-    """Channels that share a sample and a group of weights are loaded together."""
-    return math.gcd(g.channels // g.groups, g.channels // g.offset_groups, vector)
-
-
 def _macros(g, dtype, vec):
     return {"DTYPE": dtype, "VEC": vec, "INDEX": index_type(g), "SAMPLES": SAMPLES}
 
@@ -459,7 +454,7 @@ def _macros(g, dtype, vec):
 def _im2col_launch(
     g: ConvGeometry, dtype: np.dtype, vector: int, first: int, count: int
 ) -> _cuda.Launch:
-    vec = _vector_width(g, vector)
+    vec = math.gcd(run_length(g), vector)
     return _cuda.Launch(
         "deform_conv.cu", "im2col",
         (-(-count * g.offset_groups * g.taps // SAMPLES),),
@@ -479,7 +474,7 @@ def _im2col(g, image, offset, mask, first, count):
 def _offset_gradient_launch(
     g: ConvGeometry, dtype: np.dtype, vector: int, first: int, count: int
 ) -> _cuda.Launch:
-    vec = _vector_width(g, vector)
+    vec = math.gcd(run_length(g), vector)
     return _cuda.row_launch(
         "deform_conv.cu", "offset_gradient",
         count * g.offset_groups * g.taps, g.channels // g.offset_groups // vec,
@@ -508,7 +503,7 @@ def _image_gradient_plan(
     samples = count * g.offset_groups * g.taps
     cells = some * g.offset_groups * (g.height + 1) * (g.width + 1)
     places, masks = strides(offset), strides(mask)
-    vec = _vector_width(g, _cuda.LOAD_BYTES // dtype.itemsize)
+    vec = math.gcd(run_length(g), _cuda.LOAD_BYTES // dtype.itemsize)
     kernel = functools.partial(
         _cuda.Launch, "image_gradient.cu",
         DTYPE=dtype, INDEX=index_type(g), VEC=vec, CORNERS=4,
