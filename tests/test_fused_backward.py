@@ -374,7 +374,6 @@ def test_nan_stays_nan_in_tf32(order):
 def test_memory_is_bounded_by_the_workspace(operator, monkeypatch):
     """Beside results, an image in float32 and packed weights; columns alone would be more."""
     from tests.simt import substitute
-    from tests.simt.settings import configure
 
     workspace = 1 << 18
     monkeypatch.setattr(_fused_backward, "WORKSPACE_BYTES", workspace)
@@ -388,7 +387,7 @@ def test_memory_is_bounded_by_the_workspace(operator, monkeypatch):
     for name in "x", "grad_y":
         last = cupy.ascontiguousarray(arrays[name].transpose(0, 2, 3, 1))
         arrays[name] = last.transpose(0, 3, 1, 2)
-    with kernels("forward"), configure(races=False):
+    with kernels("forward", races=False):
         BACKWARD[operator](**arrays, **keywords)  # kernels are compiled
         with substitute.memory() as peak:
             grads = BACKWARD[operator](**arrays, **keywords)

@@ -859,7 +859,6 @@ def test_nothing_waits_for_the_device(name, xp, no_synchronisation):
 def test_workspace_on_a_gpu_is_copies_and_the_plan(name, dtype):
     """Copies of x, of its gradient and of grad_y, and where maxima lie."""
     from tests.simt import substitute
-    from tests.simt.settings import configure
 
     mode = {"mode": "max"} if name == "largest" else {}
     name = "roi_align" if mode else name
@@ -873,7 +872,7 @@ def test_workspace_on_a_gpu_is_copies_and_the_plan(name, dtype):
     runs = 2 * 49 * 88 if name in DEFORMABLE else (7 + 7) * (88 + 16 * wide * (not maximum))
     numbers = {key: a.size for key, a in arrays.items() if key != "x"}
     plan = 50 * (runs + 4 + 16 + 4) + 8 * sum(numbers.values()) + 8
-    with kernels("forward"), configure(races=False):
+    with kernels("forward", races=False):
         import cupy
 
         given = on(cupy, {key: a.astype(dtype) for key, a in arrays.items()})
