@@ -488,12 +488,12 @@ def _fused_gradients(g, grad, image, weight, wanted):
     if "weight" in wanted:
         grad_weight = _fused_backward.weight_gradient(g, o, grad, image, weight)
     if "x" in wanted:
-        grad_image = array_module(image).zeros(image.shape, compute_dtype(image.dtype))
+        grad_image = array_module(image).empty(image.shape, compute_dtype(image.dtype))
         column_gradients = _fused_backward.column_gradients(g, o, grad, image, weight)
         for first, count in chunks(g, g.channels * image.itemsize):
             grad_columns = empty_columns(g, count, like=image)
             column_gradients(first, count, grad_columns, None, None)
-            _col2im(g, grad_columns, grad_image, first, count)
+            _col2im_launch(g, image.dtype, first, count)(grad_columns, grad_image)
     return grad_image, grad_weight
 
 
@@ -502,7 +502,7 @@ def _column_gradients(g, grad, image, weight, wanted):
     xp, dtype = array_module(image), compute_dtype(image.dtype)
     packed = pack_weight(weight, g, image.dtype)
     grad_packed = xp.zeros(packed.shape, dtype)
-    grad_image = xp.zeros(image.shape, dtype) if "x" in wanted else None
+    grad_image = xp.empty(image.shape, dtype) if "x" in wanted else None
     for first, count in chunks(g, g.channels * image.itemsize):
         grad_out = by_group(grad[first : first + count], g)
         if "weight" in wanted:
@@ -511,7 +511,7 @@ def _column_gradients(g, grad, image, weight, wanted):
         if "x" in wanted:
             grad_columns = empty_columns(g, count, like=image)
             _cuda.gemm(grad_out, packed, out=grad_columns)
-            _col2im(g, grad_columns, grad_image, first, count)
+            _col2im_launch(g, image.dtype, first, count)(grad_columns, grad_image)
     return grad_image, unpack_weight(grad_packed, g, image.dtype) if "weight" in wanted else None
 
 
@@ -532,25 +532,17 @@ def _im2col(g, image, first, count):
     return columns
 
 
-def images_of(g: ConvGeometry, first: int, count: int) -> slice:
+def images_of(g: ConvGeometry, first: int, count: int) -> range:
     """The images in which these of the N · Ho · Wo positions lie."""
-    return slice(first // g.positions, (first + count - 1) // g.positions + 1)
+    return range(first // g.positions, (first + count - 1) // g.positions + 1)
 
 
 @functools.lru_cache(maxsize=CALLS)
-def _col2im_plan(
-    g: ConvGeometry, dtype: np.dtype, first: int, count: int
-) -> tuple[slice, _cuda.Launch]:
+def _col2im_launch(g: ConvGeometry, dtype: np.dtype, first: int, count: int) -> _cuda.Launch:
     images = images_of(g, first, count)
-    some = images.stop - images.start
     vec = math.gcd(g.channels // g.groups, _cuda.LOAD_BYTES // dtype.itemsize)
-    return images, _cuda.row_launch(
-        "conv.cu", "col2im", some * g.height * g.width, g.channels // vec,
-        g, some, images.start, first, count,
+    return _cuda.row_launch(
+        "conv.cu", "col2im", len(images) * g.height * g.width, g.channels // vec,
+        g, len(images), images.start, first, count,
         DTYPE=dtype, VEC=vec, INDEX=index_type(g),
     )  # fmt: skip
-
-
-def _col2im(g, grad_columns, grad_image, first, count):
-    images, launch = _col2im_plan(g, grad_columns.dtype, first, count)
-    launch(grad_columns, grad_image[images])

@@ -56,7 +56,7 @@ from deformable.conv import (
 )
 
 SAMPLES = 64  # planned together by a block of threads
-LISTED_BYTES = 36  # of a sample on a GPU: its number in a list, and at most four double weights
+LISTED_BYTES = 40  # of a sample on a GPU: in a chain and in a list, and at most four double weights
 SAMPLE_BYTES = 64  # about: of finding a sample on the CPU, and of its row of the sparse matrix
 
 
@@ -404,7 +404,7 @@ def _fused_gradients(g, grad, image, offset, weight, mask, wanted):
             g, o, packed, image, weight, offset, mask
         )
     if "x" in wanted:
-        grad_image = xp.zeros(image.shape, dtype)
+        grad_image = xp.empty(image.shape, dtype)
         for first, count in _chunks(g, image):
             grad_columns = empty_columns(g, count, like=image)
             column_gradients(first, count, grad_columns, grad_offset, grad_mask)
@@ -421,7 +421,7 @@ def _column_gradients(g, grad, image, offset, weight, mask, wanted):
     masks = _per_position(mask, dtype)
     packed = pack_weight(weight, g, image.dtype)
     grad_packed = xp.zeros(packed.shape, dtype)
-    grad_image = xp.zeros(image.shape, dtype) if "x" in wanted else None
+    grad_image = xp.empty(image.shape, dtype) if "x" in wanted else None
     grad_offset = xp.empty(places.shape, dtype)
     grad_mask = None if mask is None else xp.empty(masks.shape, dtype)
     for first, count in _chunks(g, image):
@@ -483,14 +483,12 @@ def _offset_gradient_launch(
 
 
 class ImageGradient(NamedTuple):
-    """The launches for some positions, the images that these have seen, and sizes of lists."""
+    """The launches for some positions, and how many samples and cells these have."""
 
-    images: slice
-    cells: int
     samples: int
-    count_samples: _cuda.Launch
+    cells: int
+    link_samples: _cuda.Launch
     list_samples: _cuda.Launch
-    sort_samples: _cuda.Launch
     image_gradient: _cuda.Launch
 
 
@@ -499,39 +497,37 @@ def _image_gradient_plan(
     g: ConvGeometry, dtype: np.dtype, offset: View, mask: View | None, first: int, count: int
 ) -> ImageGradient:
     images = images_of(g, first, count)
-    some = images.stop - images.start
     samples = count * g.offset_groups * g.taps
-    cells = some * g.offset_groups * (g.height + 1) * (g.width + 1)
-    places, masks = strides(offset), strides(mask)
+    cells = len(images) * g.offset_groups * (g.height + 1) * (g.width + 1)
     vec = math.gcd(run_length(g), _cuda.LOAD_BYTES // dtype.itemsize)
     kernel = functools.partial(
         _cuda.Launch, "image_gradient.cu",
         DTYPE=dtype, INDEX=index_type(g), VEC=vec, CORNERS=4,
         OFFSET=offset.dtype, MASK=(mask or offset).dtype,
     )  # fmt: skip
-    threads = (_cuda.THREADS,)
-    by_sample = (-(-samples // _cuda.THREADS),)
-    block = _cuda.row_block(g.channels // vec)
+    lanes, rows = _cuda.row_block(g.channels // vec)
     return ImageGradient(
-        images, cells, samples,
-        kernel("count_samples", by_sample, threads, g, places, images.start, first, count),
-        kernel("list_samples", by_sample, threads, g, places, masks, images.start, first, count),
-        kernel("sort_samples", (-(-cells // _cuda.THREADS),), threads, cells),
+        samples,
+        cells,
         kernel(
-            "image_gradient", (-(-some * g.height * g.width // block[1]),), block, g, some, count
+            "link_samples", (-(-samples // _cuda.THREADS),), (_cuda.THREADS,),
+            g, strides(offset), strides(mask), images.start, first, count,
+        ),
+        kernel("list_samples", (-(-cells // _cuda.THREADS),), (_cuda.THREADS,), cells),
+        kernel(
+            "image_gradient", (-(-len(images) * g.height * g.width // rows),), (lanes, rows),
+            g, len(images), images.start, first, count,
         ),
     )  # fmt: skip
 
 
 def _image_gradient(g, offset, mask, grad_columns, grad_image, first, count):
-    """Add the gradient of the pixels that these columns have seen."""
+    """The gradient of the pixels that these columns have seen, added to that of earlier ones."""
     xp = array_module(grad_columns)
     plan = _image_gradient_plan(g, grad_columns.dtype, view(offset), view(mask), first, count)
-    counts = xp.zeros(plan.cells + 1, np.int32)
-    lists = xp.empty(plan.samples, np.int32)
+    cells = xp.zeros((plan.cells + 1, 2), np.int32)
+    links, lists = xp.empty(plan.samples, np.int32), xp.empty(plan.samples, np.int32)
     weights = xp.empty((plan.samples, 4), grad_image.dtype)
-    plan.count_samples(offset, counts)
-    starts = xp.cumsum(counts, dtype=np.int32)  # the ends, until the lists are filled backwards
-    plan.list_samples(offset, mask, starts, lists, weights)
-    plan.sort_samples(starts, lists)
-    plan.image_gradient(grad_columns, lists, starts, weights, grad_image[plan.images])
+    plan.link_samples(offset, mask, cells, links, weights)
+    plan.list_samples(links, cells, lists)
+    plan.image_gradient(grad_columns, cells, lists, weights, grad_image)

@@ -177,7 +177,7 @@ def last_rows(xp, height):
     columns = deformable.conv._im2col(g, image, first, 24)
     grad_image = xp.zeros((1, height, 8, 1), np.float32)
     with configure(last_blocks=1):  # of 256 pixels
-        deformable.conv._col2im(g, columns, grad_image, first, 24)
+        deformable.conv._col2im_launch(g, image.dtype, first, 24)(columns, grad_image)
     return columns.get(), grad_image[:, -32:].get()
 
 

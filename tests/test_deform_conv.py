@@ -483,16 +483,14 @@ def last_row(xp, height, width=2**15, count=256):
     around = 3 * (width + 1)  # that many cells at the end are those around the last row
     seen = _fused.view(offset.transpose(0, 3, 1, 2))
     plan = deformable.deform_conv._image_gradient_plan(g, image.dtype, seen, None, first, count)
-    starts = xp.zeros(plan.cells + 1, np.int32)
-    lists, weights = xp.empty(count, np.int32), xp.empty((count, 4), np.float32)
+    cells, weights = xp.zeros((plan.cells + 1, 2), np.int32), xp.empty((count, 4), np.float32)
+    links, lists = xp.empty(count, np.int32), xp.empty(count, np.int32)
     grad_image = xp.zeros((1, height, width, 1), np.float32)
-    plan.count_samples(offset, starts)
-    starts[-around:] = xp.cumsum(starts[-around:], dtype=np.int32)
-    plan.list_samples(offset, None, starts, lists, weights)
+    plan.link_samples(offset, None, cells, links, weights)
     with configure(last_blocks=-(-around // 256)):
-        plan.sort_samples(starts, lists)
+        plan.list_samples(links, cells, lists)
     with configure(last_blocks=1):  # of 256 pixels
-        plan.image_gradient(columns, lists, starts, weights, grad_image)
+        plan.image_gradient(columns, cells, lists, weights, grad_image)
     results = columns, grad_offset[0, -1, -count:], weights, grad_image[0, -1, -count:]
     return [a.get() for a in results]
 

@@ -21,9 +21,9 @@ extern "C" __global__ void __launch_bounds__(256)
   }
 }
 
-// A thread row gathers the gradient of one pixel from the taps that saw it, always in the order
-// of the taps, and adds it: taps · C values read per pixel, none of them by two pixels.
-// grad_image (images, H, W, C) begins with image `first_image`.
+// A thread row gathers the gradient of one pixel of grad_image (N, H, W, C) from the taps that saw it,
+// always in the order of the taps: taps · C values read per pixel, none of them by two pixels. It adds
+// to what an earlier chunk has made of the same image. The first pixel is that of `first_image`.
 extern "C" __global__ void __launch_bounds__(256)
     col2im(const T* __restrict__ grad_columns, A* __restrict__ grad_image, const ConvGeometry g,
            const int64 images, const int64 first_image, const int64 first, const int64 count) {
@@ -35,9 +35,9 @@ extern "C" __global__ void __launch_bounds__(256)
   if (image >= images) return;
 
   const int64 start = (first_image + image) * g.positions() - first;
+  A* const pixel = grad_image + (first_image * g.height * g.width + row) * g.channels;
   for (int c = threadIdx.x * VEC; c < g.channels; c += blockDim.x * VEC) {
-    A* to = grad_image + static_cast<int64>(row) * g.channels + c;
-    Vector sum = load(to);
+    Vector sum = start < 0 ? load(pixel + c) : zero();
     for (int tap = 0; tap < g.taps(); ++tap) {
       const int i = tap / g.kernel_w, j = tap - i * g.kernel_w;
       const int from_y = y + g.pad_h - i * g.dilation_h, from_x = x + g.pad_w - j * g.dilation_w;
@@ -48,6 +48,6 @@ extern "C" __global__ void __launch_bounds__(256)
       if (!seen || position < 0 || position >= count) continue;
       add(sum, 1, load(grad_columns + column_offset(g, count, position, tap, c)));
     }
-    store(to, sum);
+    store(pixel + c, sum);
   }
 }

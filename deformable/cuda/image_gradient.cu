@@ -2,9 +2,9 @@
 //
 // Gathering needs, for every pixel, the samples that look there, always in the same order. They are
 // listed by cell. Cells are (image, offset group, H + 1, W + 1), the upper left corner from -1 on; a
-// sample outside belongs to none. The samples of each cell are counted, the counts added up, and the
-// samples put in their lists, all by atomic operations on integers; sorted, a list is always the same.
-// No float is added atomically.
+// sample outside belongs to none. Every sample is linked into the chain of its cell, then every chain
+// is copied into a list, by atomic operations on integers. Neither the order of a chain nor the place
+// of a list is always the same, but a list is, once it is sorted. No float is added atomically.
 //
 // A sample is one (position, offset group, tap) of the chunk of `count` positions from `first` on;
 // samples are counted in that order, by int: a chunk is small. Columns: conv.cuh.
@@ -25,61 +25,58 @@ __device__ __forceinline__ int sample_count(const ConvGeometry& g, int64 count) 
   return static_cast<int>(count) * g.offset_groups * g.taps();
 }
 
-// The thread's sample, and the cell it lies in if it is inside; images are counted from the first one.
-__device__ __forceinline__ Sample find_sample(const ConvGeometry& g, const Places& places,
-                                              int sample, int64 first_image, int64 first,
-                                              int64& cell) {
-  const ChunkSample id = chunk_sample(g, sample);
-  const OutputPixel out = output_pixel(g, static_cast<index_t>(first) + id.position);
-  const Sample s = offset_sample(g, places, out, id.tap / g.kernel_w * g.dilation_h,
-                                 id.tap % g.kernel_w * g.dilation_w, id.group * g.taps() + id.tap);
-  const int64 plane = (out.image - first_image) * g.offset_groups + id.group;
-  cell = (plane * (g.height + 1) + s.y + 1) * (g.width + 1) + s.x + 1;
-  return s;
-}
+// The list of a cell, lists[begin] to lists[end - 1]. Before there are lists, `begin` is the number
+// of the last sample of the cell's chain, from 1 on: 0 ends a chain. `end` is not used then.
+struct alignas(8) Span {
+  int begin, end;
+};
 
-// Adds the samples inside to the counts of their cells.
+// Links the samples inside into the chains of their cells, which are empty at first, and writes down
+// what their corners weigh.
 extern "C" __global__ void __launch_bounds__(256)
-    count_samples(const OFFSET* __restrict__ offset, int* __restrict__ counts,
-                  const ConvGeometry g, const Strides offset_strides, const int64 first_image,
-                  const int64 first, const int64 count) {
-  const int sample = blockIdx.x * blockDim.x + threadIdx.x;
-  if (sample >= sample_count(g, count)) return;
-
-  int64 cell;
-  const Places places = {offset, nullptr, offset_strides, {}};
-  if (find_sample(g, places, sample, first_image, first, cell).inside) atomicAdd(counts + cell, 1);
-}
-
-// Lists the samples inside, and writes down what their corners weigh. The `ends` of the lists become
-// the places where they start.
-extern "C" __global__ void __launch_bounds__(256)
-    list_samples(const OFFSET* __restrict__ offset, const MASK* __restrict__ mask,
-                 int* __restrict__ ends, int* __restrict__ lists, A* __restrict__ weights,
+    link_samples(const OFFSET* __restrict__ offset, const MASK* __restrict__ mask,
+                 Span* __restrict__ cells, int* __restrict__ links, A* __restrict__ weights,
                  const ConvGeometry g, const Strides offset_strides, const Strides mask_strides,
                  const int64 first_image, const int64 first, const int64 count) {
   const int sample = blockIdx.x * blockDim.x + threadIdx.x;
   if (sample >= sample_count(g, count)) return;
 
-  int64 cell;
+  const ChunkSample id = chunk_sample(g, sample);
+  const OutputPixel out = output_pixel(g, static_cast<index_t>(first) + id.position);
   const Places places = {offset, mask, offset_strides, mask_strides};
-  const Sample s = find_sample(g, places, sample, first_image, first, cell);
+  const Sample s = offset_sample(g, places, out, id.tap / g.kernel_w * g.dilation_h,
+                                 id.tap % g.kernel_w * g.dilation_w, id.group * g.taps() + id.tap);
   if (!s.inside) return;
-  lists[atomicSub(ends + cell, 1) - 1] = sample;
+  const int64 plane = (out.image - first_image) * g.offset_groups + id.group;
+  const int64 cell = (plane * (g.height + 1) + s.y + 1) * (g.width + 1) + s.x + 1;
+  links[sample] = atomicExch(&cells[cell].begin, sample + 1);
   for (int corner = 0; corner < 4; ++corner) {
     weights[4 * static_cast<int64>(sample) + corner] = corner_weight(s, corner);
   }
 }
 
-// A thread sorts the list of one cell, by Shell's method: lists are short, but offsets may send all
-// samples to one cell.
+// A thread copies the chain of one cell into a list and sorts it, by Shell's method: lists are short,
+// but offsets may send all samples to one cell. Behind the last cell the length of all lists is added
+// up, from 0 on: a block reserves room for its own at once.
 extern "C" __global__ void __launch_bounds__(256)
-    sort_samples(const int* __restrict__ starts, int* __restrict__ lists, const int64 cells) {
+    list_samples(const int* __restrict__ links, Span* __restrict__ cells, int* __restrict__ lists,
+                 const int64 count) {
+  __shared__ int total, start;
   const int64 cell = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (cell >= cells) return;
+  const int last = cell < count ? cells[cell].begin : 0;
+  int length = 0;
+  for (int number = last; number > 0; number = links[number - 1]) ++length;
+  if (threadIdx.x == 0) total = 0;
+  __syncthreads();
+  const int place = atomicAdd(&total, length);
+  __syncthreads();
+  if (threadIdx.x == 0) start = atomicAdd(&cells[count].begin, total);
+  __syncthreads();
+  if (cell >= count) return;
 
-  int* const list = lists + starts[cell];
-  const int length = starts[cell + 1] - starts[cell];
+  const int begin = start + place;
+  int* const list = lists + begin;
+  for (int number = last, i = 0; number > 0; number = links[number - 1]) list[i++] = number - 1;
   for (int gap = length / 2; gap > 0; gap /= 2) {
     for (int i = gap; i < length; ++i) {
       const int sample = list[i];
@@ -88,15 +85,16 @@ extern "C" __global__ void __launch_bounds__(256)
       list[to] = sample;
     }
   }
+  cells[cell] = {begin, begin + length};
 }
 
-// A thread row gathers the gradient of one pixel from the samples of the four cells around it and
-// adds it to grad_image (images, H, W, C). `starts` says where in `lists` that of a cell begins.
+// A thread row gathers the gradient of one pixel of grad_image (N, H, W, C) from the samples of the
+// four cells around it. It adds to what an earlier chunk has made of the same image.
 extern "C" __global__ void __launch_bounds__(256, 3)
-    image_gradient(const T* __restrict__ grad_columns, const int* __restrict__ lists,
-                   const int* __restrict__ starts, const A* __restrict__ weights,
+    image_gradient(const T* __restrict__ grad_columns, const Span* __restrict__ cells,
+                   const int* __restrict__ lists, const A* __restrict__ weights,
                    A* __restrict__ grad_image, const ConvGeometry g, const int64 images,
-                   const int64 count) {
+                   const int64 first_image, const int64 first, const int64 count) {
   const index_t row = static_cast<index_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const index_t line = row / g.width;
   const int x = static_cast<int>(row - line * g.width);
@@ -105,16 +103,18 @@ extern "C" __global__ void __launch_bounds__(256, 3)
   if (image >= images) return;
 
   const int depth = g.channels / g.offset_groups;
+  const bool begun = (first_image + image) * g.positions() < first;
+  A* const pixel = grad_image + (first_image * g.height * g.width + row) * g.channels;
   for (int c = threadIdx.x * VEC; c < g.channels; c += blockDim.x * VEC) {
-    A* to = grad_image + static_cast<int64>(row) * g.channels + c;
-    Vector sum = load(to);
+    Vector sum = begun ? load(pixel + c) : zero();
     const int64 plane = static_cast<int64>(image) * g.offset_groups + c / depth;
 #pragma unroll 1  // four lists of unknown length: unrolling them would only spill registers
     for (int corner = 0; corner < 4; ++corner) {
       // the cell of which this pixel is that corner
       const int64 cell = (plane * (g.height + 1) + y + 1 - (corner >> 1)) * (g.width + 1) + x + 1 -
                          (corner & 1);
-      for (int entry = starts[cell]; entry < starts[cell + 1]; ++entry) {
+      const Span list = cells[cell];
+      for (int entry = list.begin; entry < list.end; ++entry) {
         const int sample = lists[entry];
         const ChunkSample id = chunk_sample(g, sample);
         const int64 from = column_offset(g, count, id.position, id.tap, c);
@@ -122,6 +122,6 @@ extern "C" __global__ void __launch_bounds__(256, 3)
         add(sum, weight, load(grad_columns + from));
       }
     }
-    store(to, sum);
+    store(pixel + c, sum);
   }
 }
