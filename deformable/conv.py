@@ -36,7 +36,7 @@ from deformable._array import (
 )
 
 BLOCK_BYTES = 3 << 19  # of columns alive on the CPU: about what the caches of a core hold
-LEAST_ROWS = 512  # of a product on the CPU
+LEAST_ROWS = 1024  # of a product on the CPU
 # What a block frees, the next one takes again. The C library returns it to the system in between,
 # and page faults cost up to a third of the time, until a larger array has been freed once: one just
 # below the 32 MiB up to which the library learns from it.
