@@ -17,6 +17,7 @@ import argparse
 import ctypes
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -79,6 +80,7 @@ POOLINGS = [
 ]  # fmt: skip
 LARGE = Convolution("large", 8, 64, 112, 112, 64)  # for its memory only
 EVERY = [*CONVOLUTIONS, *POOLINGS, LARGE]
+MEMORY_CALLS = 5
 DTYPES = ("float32", "float64")
 # of a rival's error: rounding in float32 may take torchvision's roi_pool into the next pixel
 RIVAL_LIMIT = 0.05
@@ -271,9 +273,13 @@ def _measure_memory(workload: Workload, mode: str, options: argparse.Namespace, 
 
 
 def _peak_growth(number: int, name: str, mode: str, options: argparse.Namespace) -> int:
-    """Bytes by which the resident memory of this process peaks above its size before one call."""
+    """Bytes by which the resident memory of this process peaks above its size before one call.
+
+    The median of some calls: what allocators keep of freed memory differs from one to the next.
+    """
     workload = EVERY[number].tiny() if options.tiny else EVERY[number]
-    for _ in range(2):  # the first loads the code and fills the buffers that libraries keep
+    grown = []
+    for _ in range(1 + MEMORY_CALLS):
         arrays, grad_y = _arguments(workload, "float32")
         if name == OURS:
             call = library_call(workload.operator, arrays, workload.keywords, grad_y)[mode]
@@ -283,9 +289,10 @@ def _peak_growth(number: int, name: str, mode: str, options: argparse.Namespace)
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = _status("VmRSS")
         result = call()
-        after = _status("VmHWM")
-        del result
-    return after - before
+        grown.append(_status("VmHWM") - before)
+        del result, call
+    del grown[0]  # it loaded the code and filled the buffers that libraries keep
+    return statistics.median_low(grown)
 
 
 def _status(key: str) -> int:
