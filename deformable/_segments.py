@@ -72,7 +72,7 @@ def winners(
     """
     best = np.zeros((len(of.order), keys.shape[1]), keys.dtype)
     code = np.zeros(best.shape, np.min_scalar_type(pitch * max(1, len(of.sizes))))
-    buffer, larger = np.empty_like(best), np.empty(best.shape, bool)
+    buffer, larger = np.empty_like(best), np.empty(best.shape, np.uint8)  # to multiply by
     for j, index in of.rounds():
         m = len(index)
         here = code.dtype.type(j * pitch)
@@ -84,7 +84,7 @@ def winners(
             continue
         taken = keys.take(index, axis=0, out=buffer[:m], mode="clip")
         # codes grow from round to round: the largest is that of the last row to surpass all before
-        np.greater(taken, best[:m], out=larger[:m])
+        np.greater(taken, best[:m], out=larger[:m].view(bool))
         np.maximum(best[:m], taken, out=best[:m])
         np.maximum(code[:m], larger[:m] * here, out=code[:m])
     return best, code

@@ -33,7 +33,6 @@ from deformable._roi import (
     output_from_rows,
     output_rows,
     roi_geometry,
-    spread,
 )
 from deformable._segments import largest, segments, sortable, winners
 from deformable.roi_align import average, average_backward
@@ -292,18 +291,19 @@ def _lines(g: RoIGeometry, cells: Bins) -> tuple[np.ndarray, np.ndarray, np.ndar
     """
     first, size = (a.astype(np.int64) for a in (cells.runs.start, cells.runs.total))
     along_x = int(cells.run_x[0])  # the first of these runs
-    (first_y, first_x), (height, width) = (np.split(a, [along_x]) for a in (first, size))
-    top = first_y[:: g.pooled_h]
-    rows = np.maximum((first_y + height)[g.pooled_h - 1 :: g.pooled_h] - top, 0)
-    roi = np.repeat(np.arange(len(rows)), rows * g.pooled_w)
-    row, column = np.divmod(spread(np.zeros_like(rows), rows * g.pooled_w), g.pooled_w)
-    column += roi * g.pooled_w
-    pixel = (cells.image[:: g.bins][roi] * g.height + top[roi] + row) * g.width + first_x[column]
-
-    of = np.arange(len(cells.run_y)) // g.bins
-    before = (np.cumsum(rows) - rows)[of] + first_y[cells.run_y] - top[of]
-    line = before * g.pooled_w + (cells.run_x - along_x) % g.pooled_w
-    return pixel, width[column], line, size[cells.run_y] * (size[cells.run_x] > 0)
+    (first_y, first_x), (height, width) = (
+        (a[:along_x].reshape(-1, g.pooled_h), a[along_x:].reshape(-1, g.pooled_w))
+        for a in (first, size)
+    )
+    top, bottom = first_y[:, 0], first_y[:, -1] + height[:, -1]
+    rows = np.maximum(bottom - top, 0)
+    before = np.cumsum(rows) - rows  # rows of the RoIs before
+    roi = np.repeat(np.arange(len(rows)), rows)
+    start = (cells.image[:: g.bins] * g.height + top - before) * g.width  # of row 0 of all
+    pixel = (start[roi] + np.arange(len(roi)) * g.width)[:, None] + first_x[roi]
+    line = (first_y + (before - top)[:, None])[:, :, None] * g.pooled_w + np.arange(g.pooled_w)
+    lines_of_cell = height[:, :, None] * (width > 0)[:, None]
+    return pixel.ravel(), width[roi].ravel(), line.ravel(), lines_of_cell.ravel()
 
 
 def _cell_bytes(g: RoIGeometry, at: Bins, dtype: np.dtype) -> np.ndarray:
