@@ -3,6 +3,7 @@
 Only metadata is looked at: nothing here ever reads the values of a device array.
 """
 
+import functools
 import math
 import sys
 from collections.abc import Collection, Iterable, Mapping
@@ -19,6 +20,9 @@ INT32_MAX = 2**31 - 1
 CALLS = 1024  # kinds of calls of a function, of which is kept how they are done
 
 
+Signature = tuple[tuple[Any, ...], ...]  # by which a call is known again
+
+
 class Spec(NamedTuple):
     """What of an array tells how a call is done; ``check_`` functions take it for the array."""
 
@@ -26,9 +30,9 @@ class Spec(NamedTuple):
     dtype: np.dtype
 
 
-def specs(arrays: Mapping[str, Array | None]) -> dict[str, Spec | None]:
-    """The shapes and dtypes of ``arrays``, by which a call is known again."""
-    return {name: None if a is None else Spec(a.shape, a.dtype) for name, a in arrays.items()}
+def specs(signature: Signature) -> dict[str, Spec]:
+    """What the ``signature`` of some arrays says of each of them that is not None."""
+    return {name: Spec(shape, dtype) for name, shape, dtype in signature}
 
 
 def array_module(array: Array) -> ModuleType:
@@ -39,18 +43,21 @@ def array_module(array: Array) -> ModuleType:
 
 def check_library(
     function: str, arrays: Mapping[str, Array | None], optional: Collection[str] = ()
-) -> ModuleType:
+) -> tuple[ModuleType, Signature]:
     """The one library, and the one device, of ``arrays``; the ``optional`` ones may be None.
 
-    Kernels can only read what is aligned to its dtype.
+    Kernels can only read what is aligned to its dtype. The signature is made on the way: shapes and
+    dtypes of the arrays that are not None.
     """
     first = next(iter(arrays))
     example: Array = arrays[first]
     xp = array_module(example)
+    library, device = xp.ndarray, None if xp is np else example.device
+    signature = []
     for name, array in arrays.items():
         if array is None and name in optional:
             continue
-        if not isinstance(array, xp.ndarray):
+        if not isinstance(array, library):
             other = array_module(array)
             if not isinstance(array, other.ndarray):
                 raise TypeError(
@@ -60,17 +67,20 @@ def check_library(
                 f"{function}: {name} is a {other.__name__} array, expected {xp.__name__} "
                 f"as {first} is"
             )
-        if xp is not np and array.device != example.device:
-            raise ValueError(
-                f"{function}: {name} is on {array.device}, expected {example.device} "
-                f"where {first} is"
-            )
-        if xp is not np and math.gcd(array.data.ptr, *array.strides) % array.itemsize:
-            raise ValueError(
-                f"{function}: {name} begins at address {array.data.ptr:#x} and has strides "
-                f"{array.strides}, expected multiples of {array.itemsize} bytes, as its dtype has"
-            )
-    return xp
+        dtype = array.dtype
+        if device is not None:
+            if array.device != device:
+                raise ValueError(
+                    f"{function}: {name} is on {array.device}, expected {device} where {first} is"
+                )
+            if math.gcd(array.data.ptr, *array.strides) % dtype.itemsize:
+                raise ValueError(
+                    f"{function}: {name} begins at address {array.data.ptr:#x} and has strides "
+                    f"{array.strides}, expected multiples of {dtype.itemsize} bytes, as its dtype "
+                    f"has"
+                )
+        signature.append((name, array.shape, dtype))
+    return xp, tuple(signature)
 
 
 def check_dtypes(function: str, data: Mapping[str, Array], real: Mapping[str, Array]) -> None:
@@ -115,17 +125,26 @@ def check_shape(
         raise ValueError(f"{function}: {name} has shape {array.shape}, expected ({wanted})")
 
 
-def check_wrt(function: str, wrt: Iterable[str] | None, fields: tuple[str, ...]) -> frozenset[str]:
-    """The gradients to compute: all of ``fields``, or those that ``wrt`` names."""
+def check_wrt(
+    function: str, wrt: Iterable[str] | None, fields: tuple[str, ...], **optional: Array | None
+) -> frozenset[str]:
+    """The gradients to compute: all of ``fields``, or those that ``wrt`` names, where given."""
     if wrt is None:
-        return frozenset(fields)
-    if not np.iterable(wrt):
+        names = fields
+    elif not np.iterable(wrt):
         raise TypeError(f"{function}: wrt is {wrt!r}, expected some of {', '.join(fields)}")
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    for name in names:
-        if not isinstance(name, str) or name not in fields:
-            raise ValueError(f"{function}: wrt has {name!r}, expected some of {', '.join(fields)}")
-    return frozenset(names)
+    else:
+        names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+        for name in names:
+            if not isinstance(name, str) or name not in fields:
+                raise ValueError(
+                    f"{function}: wrt has {name!r}, expected some of {', '.join(fields)}"
+                )
+    wanted = set(names)
+    for name, array in optional.items():
+        if array is None:
+            wanted.discard(name)
+    return frozenset(wanted)
 
 
 def pair(function: str, name: str, value: Pair, least: int) -> tuple[int, int]:
@@ -155,6 +174,8 @@ def _is_integer(value: object) -> bool:
 
 def real_number(function: str, name: str, value: float) -> float:
     """``value`` as a finite Python float."""
+    if type(value) is float and math.isfinite(value):  # at once what most calls have
+        return value
     if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
         raise TypeError(f"{function}: {name} is {value!r}, expected a number")
     try:
@@ -166,6 +187,7 @@ def real_number(function: str, name: str, value: float) -> float:
     return number
 
 
+@functools.cache
 def compute_dtype(dtype: np.dtype) -> np.dtype:
     """What positions, weights and sums are computed in: float32 at least."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
@@ -184,9 +206,9 @@ def fill_channels_last(out: np.ndarray, x: np.ndarray) -> None:
 
 def channels_last(x: Array, dtype: np.dtype) -> Array:
     """The (N, C, H, W) image as a contiguous (N, H, W, C) array; no copy if it lies so already."""
-    xp, seen = array_module(x), x.transpose(0, 2, 3, 1)
-    if xp is not np or seen.flags.c_contiguous:
-        return xp.ascontiguousarray(seen, dtype=dtype)
+    seen = x.transpose(0, 2, 3, 1)
+    if array_module(x) is not np or seen.flags.c_contiguous:
+        return seen.astype(dtype, order="C", copy=False)
     out = np.empty(seen.shape, dtype)
     fill_channels_last(out, x)
     return out

@@ -137,12 +137,13 @@ class Launch:
     ) -> None:
         self.file, self.name = file, name
         self.grid, self.block, self.shared = grid, block, shared
+        self.empty = 0 in grid  # cupy would run one block
         self.defines = tuple(defines.items())
         self.values = tuple(struct(v) if isinstance(v, tuple) else np.int64(v) for v in values)
         self.kernels: dict[int, Any] = {}  # by device
 
     def __call__(self, *arrays: Array | None) -> None:
-        if 0 in self.grid:  # cupy would run one block
+        if self.empty:
             return
         device = sys.modules["cupy"].cuda.runtime.getDevice()  # an import takes as long as a launch
         kernel = self.kernels.get(device) or self._compiled(device)

@@ -150,17 +150,18 @@ def resources(device: int) -> tuple[int, int]:
 
 def covers(g: "ConvGeometry", x: Array) -> bool:
     """Whether these kernels compute this convolution on the device of ``x``."""
+    return _covers(g, x.dtype, x.device.compute_capability)
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _covers(g: "ConvGeometry", dtype: np.dtype, capability: str) -> bool:
     rows = g.batch * g.height * g.width * (g.channels // run_length(g))
     if max(rows, g.batch * g.positions) > INT32_MAX - 128:  # they count by int, up to a tile's end
         return False
     if is_depthwise(g):
         blocks = max(g.offset_groups, g.out_channels // g.channels)
-        return blocks <= GRID_MAX and g.taps * _plan_bytes(4, x.dtype) <= DEPTHWISE_PLAN
-    return (
-        x.dtype != np.float64
-        and int(x.device.compute_capability) >= TENSOR_CORES
-        and g.out_channels <= GRID_MAX
-    )
+        return blocks <= GRID_MAX and g.taps * _plan_bytes(4, dtype) <= DEPTHWISE_PLAN
+    return dtype != np.float64 and int(capability) >= TENSOR_CORES and g.out_channels <= GRID_MAX
 
 
 def convolve(

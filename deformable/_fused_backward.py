@@ -16,7 +16,7 @@ from deformable._array import CALLS, Array, array_module
 from deformable._fused import Operands, View, strides, view
 
 if TYPE_CHECKING:
-    from deformable.conv import ConvGeometry
+    from deformable.conv import Chunk, ConvGeometry
 
 WORKSPACE_BYTES = 128 << 20  # of partial sums alive on a GPU
 STAGE = 16  # positions that a block gathers at once
@@ -84,8 +84,7 @@ class ColumnVariant(NamedTuple):
 
 def covers(g: "ConvGeometry", x: Array) -> bool:
     """Whether these kernels compute the gradients of this convolution on the device of ``x``."""
-    grid = g.offset_groups <= _fused.GRID_MAX
-    return grid and not _fused.is_depthwise(g) and _fused.covers(g, x)
+    return _fused.covers(g, x) and g.offset_groups <= _fused.GRID_MAX and not _fused.is_depthwise(g)
 
 
 @functools.lru_cache(maxsize=CALLS)
@@ -263,12 +262,18 @@ def packing_plan(
 
 
 @functools.lru_cache(maxsize=CALLS)
-def column_launch(g: "ConvGeometry", o: Operands, first: int, count: int) -> _cuda.Launch:
-    """The launch for so many positions from the first one on."""
-    v = column_variant(g, o.dtype.itemsize, o.terms, o.processors, count)
+def column_launch(g: "ConvGeometry", o: Operands, chunk: "Chunk") -> _cuda.Launch:
+    """The launch that computes the gradients of columns and samples, for a chunk of positions.
+
+    Its arrays: the gradient of the result, from :func:`pack_rows`, the image (N, H, W, C), offsets,
+    masks, the weights, from :func:`pack_weights`, and those to fill in, or None: the gradients of
+    the columns of these positions, as in ``cuda/conv.cuh``, of all offsets
+    (N · Ho · Wo, G, taps, 2) and of all masks (N · Ho · Wo, G, taps).
+    """
+    v = column_variant(g, o.dtype.itemsize, o.terms, o.processors, chunk.size)
     return _column_kernel(o, v)(
         "column_gradient", v.grid, (TILE_M,),
-        g, v.layout, o.places, o.masks, first, count, shared=v.shared,
+        g, v.layout, o.places, o.masks, chunk.first, chunk.size, shared=v.shared,
     )  # fmt: skip
 
 
@@ -280,28 +285,9 @@ def _column_kernel(o: Operands, v: ColumnVariant) -> Callable[..., _cuda.Launch]
     )  # fmt: skip
 
 
-def column_gradients(
-    g: "ConvGeometry",
-    o: Operands,
-    grad_y: Array,
-    image: Array,
-    weight: Array,
-    offset: Array | None = None,
-    mask: Array | None = None,
-) -> Callable[..., None]:
-    """A function that computes the gradients of columns and samples; weights are packed once.
-
-    It is called with the first of some positions, their number, and arrays to fill in, or None:
-    the gradients of the columns of these positions, as in ``cuda/conv.cuh``, of all offsets
-    (N · Ho · Wo, G, taps, 2) and of all masks (N · Ho · Wo, G, taps).
-    ``image`` is (N, H, W, C), ``grad_y`` what :func:`pack_rows` answers.
-    """
-    shape, pack_weights = packing_plan(g, o, view(weight))
-    packed = array_module(image).empty(shape, np.uint32)
-    pack_weights(weight, packed)
-
-    def compute(first, count, *grads):
-        launch = column_launch(g, o, first, count)
-        launch(grad_y, image, offset, mask, packed, *grads)
-
-    return compute
+def pack_weights(g: "ConvGeometry", o: Operands, weight: Array) -> Array:
+    """The weights as :func:`column_launch` reads them."""
+    shape, pack = packing_plan(g, o, view(weight))
+    packed = array_module(weight).empty(shape, np.uint32)
+    pack(weight, packed)
+    return packed

@@ -19,10 +19,11 @@ of them are inside, jumps.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from scipy.sparse import csr_array
 
 from deformable import _cuda
@@ -31,6 +32,7 @@ from deformable._array import (
     INT32_MAX,
     Array,
     Pair,
+    Spec,
     array_module,
     channels_first,
     check_dtypes,
@@ -122,6 +124,9 @@ class RoIGradients(NamedTuple):
     x: Array | None
 
 
+WithOffset = Callable[[str, RoIGeometry, Spec], RoIGeometry]
+
+
 def roi_geometry(
     function: str,
     x: Array,
@@ -132,14 +137,15 @@ def roi_geometry(
     group_size: Pair = 1,
     sampling_ratio: Pair = -1,
     gamma: float = 0.0,
+    with_offset: WithOffset | None = None,
     **others: Array | None,
 ) -> RoIGeometry:
-    """The sizes of a RoI operator, its arguments checked, but for the shape of an offset.
+    """The sizes of a RoI operator, its arguments checked; ``with_offset`` adds those of an offset.
 
     ``others`` are the arrays grad_y, offset and mask, of which the last two may be None.
     """
     arrays = {"x": x, "rois": rois, **others}
-    check_library(function, arrays, optional=("offset", "mask"))
+    _, signature = check_library(function, arrays, optional=("offset", "mask"))
     return _geometry(
         function,
         pair(function, "output_size", output_size, 1),
@@ -147,15 +153,18 @@ def roi_geometry(
         pair(function, "sampling_ratio", sampling_ratio, -INT32_MAX),
         real_number(function, "spatial_scale", spatial_scale),
         real_number(function, "gamma", gamma),
-        **specs(arrays),
+        with_offset,
+        signature,
     )
 
 
 @functools.lru_cache(maxsize=CALLS)
 def _geometry(
-    function, output_size, group_size, sampling_ratio, spatial_scale, gamma, *, x, rois, **others
+    function, output_size, group_size, sampling_ratio, spatial_scale, gamma, with_offset, signature
 ):
-    check_dtypes(function, {"x": x}, {"rois": rois, **others})
+    arrays = specs(signature)
+    x, rois = arrays.pop("x"), arrays["rois"]
+    check_dtypes(function, {"x": x}, arrays)
     (pooled_h, pooled_w), (group_h, group_w) = output_size, group_size
     sampling_h, sampling_w = sampling_ratio
     check_shape(function, "x", x, ("N", "C", "H", "W"))
@@ -177,9 +186,9 @@ def _geometry(
         classes=1, part_h=0, part_w=0,
         spatial_scale=spatial_scale, gamma=gamma,
     )  # fmt: skip
-    check_shape(function, "mask", others.get("mask"), (g.rois, g.pooled_h, g.pooled_w))
-    check_shape(function, "grad_y", others.get("grad_y"), g.out_shape)
-    return g
+    check_shape(function, "mask", arrays.get("mask"), (g.rois, g.pooled_h, g.pooled_w))
+    check_shape(function, "grad_y", arrays.get("grad_y"), g.out_shape)
+    return with_offset(function, g, arrays["offset"]) if "offset" in arrays else g
 
 
 # ---- layouts
@@ -553,7 +562,7 @@ def matrix_bytes(at: Bins) -> np.ndarray:
     return ENTRY_BYTES * along_y * along_x + own * TAP_BYTES * (along_y + along_x)
 
 
-# ---- CUDA: cuda/roi.cu
+# ---- CUDA: cuda/roi.cu and cuda/arrange.cu
 
 RUN = 11  # doubles in a Run of cuda/roi.cuh
 REACH = 4  # ints in a Reach of cuda/roi_gather.cuh
@@ -604,6 +613,41 @@ def _plan_launch(g: RoIGeometry, rule: Rule, weights: np.dtype) -> tuple[int, _c
     )
 
 
+@functools.lru_cache(maxsize=CALLS)
+def padded(g: RoIGeometry, dtype: np.dtype) -> RoIGeometry:
+    """With whole vectors of channels in every row, where rows are copies anyway."""
+    vec = _cuda.LOAD_BYTES // dtype.itemsize
+    if g.planes == 1 or g.depth < vec:
+        return g
+    return g._replace(channels=g.planes * (-(-g.depth // vec) * vec))
+
+
+def cuda_image(x: Array, g: RoIGeometry) -> Array:
+    """The image as rows for a kernel, of the padded depth of ``g``."""
+    return cuda_rows(x, g.group_h * g.group_w, g.classes, g.depth, x.dtype)
+
+
+def cuda_output_rows(grad_y: Array, g: RoIGeometry, dtype: np.dtype) -> Array:
+    """The gradient of the result as rows for a kernel, of the padded depth of ``g``."""
+    return cuda_rows(grad_y, 1, g.classes, g.depth, dtype)
+
+
+def cuda_rows(array: Array, groups: int, classes: int, pitch: int, dtype: np.dtype) -> Array:
+    """The (N, C, H, W) array as rows (N · H · W · groups · classes, depth), zeros up to ``pitch``.
+
+    Channel (class · depth + d) · groups + group is channel d of a row. It is a copy unless the
+    array lies so already, as channels-last memory of one group does.
+    """
+    shape, arrange = _rows_plan(
+        groups, classes, pitch, dtype, array.shape, array.strides, array.dtype
+    )
+    if arrange is None:
+        return array.transpose(0, 2, 3, 1).reshape(shape)
+    rows = array_module(array).empty(shape, dtype)
+    arrange(array, rows)
+    return rows
+
+
 class Layout(NamedTuple):
     """An (N, C, H, W) array, and the rows of its channels that are seen together."""
 
@@ -614,62 +658,48 @@ class Layout(NamedTuple):
     groups: int
     depth: int
     pitch: int
+    step_image: np.int64
+    step_channel: np.int64
+    step_y: np.int64
+    step_x: np.int64
 
 
 @functools.lru_cache(maxsize=CALLS)
-def padded(g: RoIGeometry, dtype: np.dtype) -> RoIGeometry:
-    """With whole vectors of channels in every row, where rows are copies anyway."""
-    vec = _cuda.LOAD_BYTES // dtype.itemsize
-    if g.planes == 1 or g.depth < vec:
-        return g
-    return g._replace(channels=g.planes * (-(-g.depth // vec) * vec))
-
-
-def cuda_rows(array: Array, groups: int, depth: int, pitch: int, dtype: np.dtype) -> Array:
-    """The (N, C, H, W) array as rows (N · H · W · groups · classes, depth), zeros up to ``pitch``.
-
-    Channel (class · depth + d) · groups + group is channel d of a row. Channels-last memory of one
-    group is not copied.
-    """
-    xp, array = array_module(array), array.astype(dtype, copy=False)
-    n, c, h, w = array.shape
-    classes = c // (groups * depth)
-    split = array.reshape(n, classes, depth, groups, h, w).transpose(0, 4, 5, 3, 1, 2)
-    shape = n * h * w * groups * classes, pitch
-    if pitch == depth and split.flags.c_contiguous:
-        return split.reshape(shape)
-    if array.flags.c_contiguous:
-        rows = xp.empty(shape, dtype)
-        _arrange_launch(Layout(n, c, h, w, groups, depth, pitch), dtype)(array, rows)
-        return rows
-    rows = xp.zeros(shape, dtype)
-    rows.reshape(n, h, w, groups, classes, pitch)[..., :depth] = split
-    return rows
-
-
-@functools.lru_cache(maxsize=CALLS)
-def _arrange_launch(l: Layout, dtype: np.dtype) -> _cuda.Launch:  # noqa: E741
-    row = l.channels // (l.groups * l.depth) * l.pitch
-    blocks = l.images * -(-l.height * l.width // SIDE) * l.groups * -(-row // SIDE)
-    return _cuda.Launch("roi.cu", "arrange", (blocks,), (SIDE, min(row, 8)), l, **_macros(dtype))
-
-
-def cuda_image(x: Array, g: RoIGeometry) -> Array:
-    """The image as rows for a kernel, of the padded depth of ``g``."""
-    groups = g.group_h * g.group_w
-    return cuda_rows(x, groups, x.shape[1] // g.planes, g.depth, x.dtype)
-
-
-def cuda_output_rows(grad_y: Array, g: RoIGeometry, dtype: np.dtype) -> Array:
-    """The gradient of the result as rows for a kernel, of the padded depth of ``g``."""
-    return cuda_rows(grad_y, 1, grad_y.shape[1] // g.classes, g.depth, dtype)
+def _rows_plan(
+    groups: int,
+    classes: int,
+    pitch: int,
+    dtype: np.dtype,
+    shape: tuple[int, int, int, int],
+    strides: tuple[int, int, int, int],
+    given: np.dtype,
+) -> tuple[tuple[int, int], _cuda.Launch | None]:
+    """The shape of the rows of an array, and the launch that copies it, if one is needed."""
+    n, c, h, w = shape
+    depth = c // (groups * classes)
+    rows = n * h * w * groups * classes, pitch
+    step_n, step_c, step_y, step_x = strides
+    split = as_strided(
+        np.empty((), given),
+        (n, h, w, groups, classes, depth),
+        (step_n, step_y, step_x, step_c, depth * groups * step_c, groups * step_c),
+    )
+    if given == dtype and pitch == depth and split.flags.c_contiguous:
+        return rows, None
+    layout = Layout(
+        n, c, h, w, groups, depth, pitch, *(np.int64(s // given.itemsize) for s in strides)
+    )
+    row = classes * pitch
+    blocks = n * -(-h * w // SIDE) * groups * -(-row // SIDE)
+    return rows, _cuda.Launch(
+        "arrange.cu", "arrange", (blocks,), (SIDE, min(row, 8)), layout,
+        DTYPE=dtype, FROM=given, INDEX="int", VEC=1,
+    )  # fmt: skip
 
 
 def in_double(array: Array | None) -> Array | None:
     """RoIs, offsets or masks as kernels read them: contiguous and in float64."""
-    if array is None:
-        return None
-    return array_module(array).ascontiguousarray(array, dtype=np.float64)
+    return None if array is None else array.astype(np.float64, order="C", copy=False)
 
 
 def macros(g: RoIGeometry, dtype: np.dtype, vec: int = 1, rows: int = 1) -> dict[str, Any]:
@@ -714,19 +744,19 @@ def gather(
 ) -> Array:
     """The gradient of an arranged image, gathered from ``rows`` by a kernel: by tiles of pixels."""
     xp, dtype = array_module(rows[0]), rows[0].dtype
-    grad_image = xp.empty((g.batch * g.height * g.width * g.planes, g.depth), dtype)
-    order, starts = xp.empty(g.rois, np.int32), xp.empty(g.batch + 1, np.int32)
     vec = min(4, _cuda.vector_width(g.depth, *rows))  # times TILE_WIDTH sums
-    sort_by_image, collect = _gather_launches(file, name, g, dtype, vec, values)
-    sort_by_image(plan.images, order, starts)
-    collect(*rows, plan.runs, order, starts, plan.reaches, grad_image, *arrays)
+    shape, sort_by_image, collect = _gather_plan(file, name, g, dtype, vec, values)
+    grad_image, order = xp.empty(shape, dtype), xp.empty(g.rois + g.batch + 1, np.int32)
+    sort_by_image(plan.images, order)
+    collect(*rows, plan.runs, order, plan.reaches, grad_image, *arrays)
     return grad_image
 
 
 @functools.lru_cache(maxsize=CALLS)
-def _gather_launches(
+def _gather_plan(
     file: str, name: str, g: RoIGeometry, dtype: np.dtype, vec: int, values: tuple[Any, ...]
-) -> tuple[_cuda.Launch, _cuda.Launch]:
+) -> tuple[tuple[int, int], _cuda.Launch, _cuda.Launch]:
+    """The shape of the gradient, and the launches."""
     lanes, tile_height = _block(g, vec)
     tiles = -(-g.height // tile_height) * -(-g.width // TILE_WIDTH)
     chunks = -(-g.depth // (lanes * vec))
@@ -734,7 +764,8 @@ def _gather_launches(
         "roi.cu", "sort_by_image", (g.batch + 1,), _line(g.rois), g,
         **macros(g, np.dtype(np.float32)),
     )  # fmt: skip
-    return sort_by_image, _cuda.Launch(
+    shape = g.batch * g.height * g.width * g.planes, g.depth
+    return shape, sort_by_image, _cuda.Launch(
         file, name, (g.batch * tiles * g.planes * chunks,), (lanes, tile_height), g, *values,
         **macros(g, dtype, vec, tile_height),
     )  # fmt: skip

@@ -8,7 +8,7 @@ operators differ only in where the columns look.
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -182,24 +182,26 @@ def conv2d_backward(
     """
     name = "conv2d_backward"
     g, xp = _check(name, x, weight, bias, stride, padding, dilation, groups, grad_y=grad_y)
-    wanted = check_wrt(name, wrt, Conv2dGradients._fields)
+    wanted = check_wrt(name, wrt, Conv2dGradients._fields, bias=bias)
     run = _numpy_backward if xp is np else _cuda_backward
-    return run(g, grad_y, x, weight, wanted if bias is not None else wanted - {"bias"})
+    return run(g, grad_y, x, weight, wanted)
 
 
 def _check(function, x, weight, bias, stride, padding, dilation, groups, **gradient):
     arrays = {"x": x, "weight": weight, "bias": bias, **gradient}
-    xp = check_library(function, arrays, optional=("bias",))
+    xp, signature = check_library(function, arrays, optional=("bias",))
     grid = conv_grid(function, stride, padding, dilation)
     groups = integer(function, "groups", groups, 1)
-    return _geometry(function, grid, groups, **specs(arrays)), xp
+    return _geometry(function, grid, groups, signature), xp
 
 
 @functools.lru_cache(maxsize=CALLS)
-def _geometry(function, grid, groups, *, x, weight, bias, **gradient):
-    check_dtypes(function, {"x": x, "weight": weight, "bias": bias}, gradient)
-    g = conv_geometry(function, x, weight, bias, grid, groups)
-    check_shape(function, "grad_y", gradient.get("grad_y"), g.out_shape)
+def _geometry(function, grid, groups, signature):
+    arrays = specs(signature)
+    grad_y = arrays.pop("grad_y", None)
+    check_dtypes(function, arrays, {"grad_y": grad_y})
+    g = conv_geometry(function, arrays, grid, groups)
+    check_shape(function, "grad_y", grad_y, g.out_shape)
     return g
 
 
@@ -216,13 +218,12 @@ def conv_grid(
 
 def conv_geometry(
     function: str,
-    x: Spec,
-    weight: Spec,
-    bias: Spec | None,
+    arrays: Mapping[str, Spec],
     grid: tuple[tuple[int, int], ...],
     groups: int | None = None,
 ) -> ConvGeometry:
     """The sizes of a convolution, checked; ``groups`` is inferred from the shapes if None."""
+    x, weight = arrays["x"], arrays["weight"]
     (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w) = grid
     check_shape(function, "x", x, ("N", "C", "H", "W"))
     check_shape(function, "weight", weight, ("O", "C // groups", "kh", "kw"))
@@ -245,7 +246,7 @@ def conv_geometry(
             f"{function}: weight has shape {weight.shape}, expected its first size to be "
             f"divisible by groups = {groups}"
         )
-    check_shape(function, "bias", bias, (o,))
+    check_shape(function, "bias", arrays.get("bias"), (o,))
     out_height = (h + 2 * pad_h - (dilation_h * (kernel_h - 1) + 1)) // stride_h + 1
     out_width = (w + 2 * pad_w - (dilation_w * (kernel_w - 1) + 1)) // stride_w + 1
     if min(out_height, out_width) < 1:
@@ -304,12 +305,19 @@ def image_rows(rows: Array, g: ConvGeometry) -> Array:
 
 def gradient_rows(grad_y: Array, g: ConvGeometry, dtype: np.dtype) -> Array:
     """The image (N, O, Ho, Wo) as output rows (N · Ho · Wo, O)."""
-    return channels_last(grad_y, dtype).reshape(g.batch * g.positions, g.out_channels)
+    return channels_last(grad_y, dtype).reshape(-1, g.out_channels)
 
 
 def bias_gradient(grad_rows: Array, dtype: np.dtype) -> Array:
     """The sum of the output rows, in float32 at least."""
-    return grad_rows.sum(axis=0, dtype=compute_dtype(dtype)).astype(dtype, copy=False)
+    xp, sums = array_module(grad_rows), compute_dtype(dtype)
+    if xp is np:
+        return grad_rows.sum(axis=0, dtype=sums).astype(dtype, copy=False)
+    shape, sum_parts, add_parts = _bias_plan(grad_rows.shape, dtype)
+    parts, out = xp.empty(shape, sums), xp.empty(shape[1], dtype)
+    sum_parts(grad_rows, parts)
+    add_parts(parts, out)
+    return out
 
 
 def _gradients(g, x, wanted, grad_image, grad_weight, grad_rows):
@@ -433,21 +441,32 @@ def _numpy_backward(g, grad_y, x, weight, wanted):
 # ---- CUDA: cuda/conv.cu, and cuda/fused_conv.cu where there are tensor cores
 
 
-def chunks(g: ConvGeometry, tap_bytes: int) -> Iterator[tuple[int, int]]:
-    """Ranges (first, count) of the N · Ho · Wo positions.
+class Chunk(NamedTuple):
+    """Some of the N · Ho · Wo positions."""
 
-    A chunk takes ``CHUNK_BYTES`` where a tap of a position takes ``tap_bytes``.
-    """
-    total = g.batch * g.positions
-    step = max(1, CHUNK_BYTES // (g.taps * tap_bytes))
-    for first in range(0, total, step):
-        yield first, min(step, total - first)
+    first: int
+    size: int
+    columns: tuple[int, int, int]  # their shape: (groups, size, taps · channels // groups)
+
+    def rows(self, rows: Array) -> Array:
+        """Those of the output rows (N · Ho · Wo, O)."""
+        return rows[self.first : self.first + self.size]
+
+    def images(self, g: ConvGeometry) -> range:
+        """The images in which the positions lie."""
+        return range(self.first // g.positions, (self.first + self.size - 1) // g.positions + 1)
 
 
-def empty_columns(g: ConvGeometry, count: int, like: Array) -> Array:
-    """Room for the columns of ``count`` positions: (groups, count, taps · channels // groups)."""
-    shape = (g.groups, count, g.taps * (g.channels // g.groups))
-    return array_module(like).empty(shape, like.dtype)
+def chunks(g: ConvGeometry, tap_bytes: int) -> tuple[Chunk, ...]:
+    """All positions; a chunk takes ``CHUNK_BYTES`` where a tap of one takes ``tap_bytes``."""
+    return _chunks(g, max(1, CHUNK_BYTES // (g.taps * tap_bytes)))
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _chunks(g: ConvGeometry, step: int) -> tuple[Chunk, ...]:
+    total, depth = g.batch * g.positions, g.taps * (g.channels // g.groups)
+    counts = ((first, min(step, total - first)) for first in range(0, total, step))
+    return tuple(Chunk(first, count, (g.groups, count, depth)) for first, count in counts)
 
 
 def index_type(g: ConvGeometry) -> str:
@@ -463,9 +482,9 @@ def _cuda_forward(g, x, weight, bias):
         image = channels_last(x, x.dtype)
         packed = pack_weight(weight, g, x.dtype)
         y = array_module(x).empty((g.batch * g.positions, g.out_channels), x.dtype)
-        for first, count in chunks(g, g.channels * x.itemsize):
-            columns = _im2col(g, image, first, count)
-            _cuda.gemm(columns, packed.mT, out=by_group(y[first : first + count], g))
+        for chunk in chunks(g, g.channels * x.itemsize):
+            columns = _im2col(g, image, chunk)
+            _cuda.gemm(columns, packed.mT, out=by_group(chunk.rows(y), g))
         if bias is not None:
             y += bias
         return image_rows(y, g)
@@ -488,12 +507,14 @@ def _fused_gradients(g, grad, image, weight, wanted):
     if "weight" in wanted:
         grad_weight = _fused_backward.weight_gradient(g, o, grad, image, weight)
     if "x" in wanted:
-        grad_image = array_module(image).empty(image.shape, compute_dtype(image.dtype))
-        column_gradients = _fused_backward.column_gradients(g, o, grad, image, weight)
-        for first, count in chunks(g, g.channels * image.itemsize):
-            grad_columns = empty_columns(g, count, like=image)
-            column_gradients(first, count, grad_columns, None, None)
-            _col2im_launch(g, image.dtype, first, count)(grad_columns, grad_image)
+        xp = array_module(image)
+        grad_image = xp.empty(image.shape, compute_dtype(image.dtype))
+        packed = _fused_backward.pack_weights(g, o, weight)
+        for chunk in chunks(g, g.channels * image.itemsize):
+            grad_columns = xp.empty(chunk.columns, image.dtype)
+            column_gradient = _fused_backward.column_launch(g, o, chunk)
+            column_gradient(grad, image, None, None, packed, grad_columns, None, None)
+            _col2im_launch(g, image.dtype, chunk)(grad_columns, grad_image)
     return grad_image, grad_weight
 
 
@@ -503,46 +524,56 @@ def _column_gradients(g, grad, image, weight, wanted):
     packed = pack_weight(weight, g, image.dtype)
     grad_packed = xp.zeros(packed.shape, dtype)
     grad_image = xp.empty(image.shape, dtype) if "x" in wanted else None
-    for first, count in chunks(g, g.channels * image.itemsize):
-        grad_out = by_group(grad[first : first + count], g)
+    for chunk in chunks(g, g.channels * image.itemsize):
+        grad_out = by_group(chunk.rows(grad), g)
         if "weight" in wanted:
-            columns = _im2col(g, image, first, count)
+            columns = _im2col(g, image, chunk)
             _cuda.gemm(grad_out.mT, columns, grad_packed, accumulate=True)
         if "x" in wanted:
-            grad_columns = empty_columns(g, count, like=image)
+            grad_columns = xp.empty(chunk.columns, image.dtype)
             _cuda.gemm(grad_out, packed, out=grad_columns)
-            _col2im_launch(g, image.dtype, first, count)(grad_columns, grad_image)
+            _col2im_launch(g, image.dtype, chunk)(grad_columns, grad_image)
     return grad_image, unpack_weight(grad_packed, g, image.dtype) if "weight" in wanted else None
 
 
 @functools.lru_cache(maxsize=CALLS)
-def _im2col_launch(
-    g: ConvGeometry, dtype: np.dtype, vector: int, first: int, count: int
-) -> _cuda.Launch:
+def _im2col_launch(g: ConvGeometry, dtype: np.dtype, vector: int, chunk: Chunk) -> _cuda.Launch:
     vec = math.gcd(g.channels // g.groups, vector)
     return _cuda.row_launch(
-        "conv.cu", "im2col", count * g.taps, g.channels // vec, g, first, count,
+        "conv.cu", "im2col", chunk.size * g.taps, g.channels // vec, g, chunk.first, chunk.size,
         DTYPE=dtype, VEC=vec, INDEX=index_type(g),
     )  # fmt: skip
 
 
-def _im2col(g, image, first, count):
-    columns = empty_columns(g, count, like=image)
-    _im2col_launch(g, image.dtype, _cuda.vector(image), first, count)(image, columns)
+def _im2col(g, image, chunk):
+    columns = array_module(image).empty(chunk.columns, image.dtype)
+    _im2col_launch(g, image.dtype, _cuda.vector(image), chunk)(image, columns)
     return columns
 
 
-def images_of(g: ConvGeometry, first: int, count: int) -> range:
-    """The images in which these of the N · Ho · Wo positions lie."""
-    return range(first // g.positions, (first + count - 1) // g.positions + 1)
-
-
 @functools.lru_cache(maxsize=CALLS)
-def _col2im_launch(g: ConvGeometry, dtype: np.dtype, first: int, count: int) -> _cuda.Launch:
-    images = images_of(g, first, count)
+def _col2im_launch(g: ConvGeometry, dtype: np.dtype, chunk: Chunk) -> _cuda.Launch:
+    images = chunk.images(g)
     vec = math.gcd(g.channels // g.groups, _cuda.LOAD_BYTES // dtype.itemsize)
     return _cuda.row_launch(
         "conv.cu", "col2im", len(images) * g.height * g.width, g.channels // vec,
-        g, len(images), images.start, first, count,
+        g, len(images), images.start, chunk.first, chunk.size,
         DTYPE=dtype, VEC=vec, INDEX=index_type(g),
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _bias_plan(
+    shape: tuple[int, int], dtype: np.dtype
+) -> tuple[tuple[int, int], _cuda.Launch, _cuda.Launch]:
+    """The launches that add up rows, about as many parts as a part has rows, and then the parts."""
+    rows, columns = shape
+    split = max(1, math.isqrt(rows))
+    parts, strips = max(1, -(-rows // split)), -(-columns // 32)
+    sums, block = compute_dtype(dtype), (32, 8)
+    kernel = functools.partial(_cuda.Launch, "bias_gradient.cu", "sum_rows", INDEX="int", VEC=1)
+    return (
+        (parts, columns),
+        kernel((strips, parts), block, rows, columns, split, DTYPE=dtype, OUT=sums),
+        kernel((strips, 1), block, parts, columns, parts, DTYPE=sums, OUT=dtype),
+    )

@@ -35,6 +35,7 @@ from deformable._array import (
 from deformable._bilinear import bordered, locate, without_border
 from deformable._fused import View, run_length, strides, view
 from deformable.conv import (
+    Chunk,
     ConvGeometry,
     bias_gradient,
     blocks,
@@ -44,10 +45,8 @@ from deformable.conv import (
     columns_from_groups,
     conv_geometry,
     conv_grid,
-    empty_columns,
     gradient_rows,
     image_rows,
-    images_of,
     index_type,
     pack_weight,
     tap_slices,
@@ -193,24 +192,24 @@ def deform_conv2d_backward(
     """
     name = "deform_conv2d_backward"
     g, xp = _check(name, x, offset, weight, bias, stride, padding, dilation, mask, grad_y=grad_y)
-    wanted = check_wrt(name, wrt, DeformConv2dGradients._fields)
-    wanted -= {key for key, array in (("bias", bias), ("mask", mask)) if array is None}
+    wanted = check_wrt(name, wrt, DeformConv2dGradients._fields, bias=bias, mask=mask)
     run = _numpy_backward if xp is np else _cuda_backward
     return run(g, grad_y, x, offset, weight, mask, wanted)
 
 
 def _check(function, x, offset, weight, bias, stride, padding, dilation, mask, **gradient):
     arrays = {"x": x, "weight": weight, "bias": bias, "offset": offset, "mask": mask, **gradient}
-    xp = check_library(function, arrays, optional=("bias", "mask"))
+    xp, signature = check_library(function, arrays, optional=("bias", "mask"))
     grid = conv_grid(function, stride, padding, dilation)
-    return _geometry(function, grid, **specs(arrays)), xp
+    return _geometry(function, grid, signature), xp
 
 
 @functools.lru_cache(maxsize=CALLS)
-def _geometry(function, grid, *, x, weight, bias, offset, mask, **gradient):
-    data, real = {"x": x, "weight": weight, "bias": bias}, {"offset": offset, "mask": mask}
-    check_dtypes(function, data, real | gradient)
-    g = conv_geometry(function, x, weight, bias, grid)
+def _geometry(function, grid, signature):
+    arrays = specs(signature)
+    real = {name: arrays.pop(name, None) for name in ("offset", "mask", "grad_y")}
+    check_dtypes(function, arrays, real)
+    g, offset = conv_geometry(function, arrays, grid), real["offset"]
     size = (g.out_height, g.out_width)
     channels = offset.shape[1] if len(offset.shape) == 4 else 0
     offset_groups = max(1, channels // (2 * g.taps))
@@ -220,8 +219,8 @@ def _geometry(function, grid, *, x, weight, bias, offset, mask, **gradient):
             f"{function}: offset has shape {offset.shape}, expected a number of offset groups "
             f"(here {offset_groups}) that divides the {g.channels} channels of x"
         )
-    check_shape(function, "mask", mask, (g.batch, offset_groups * g.taps, *size))
-    check_shape(function, "grad_y", gradient.get("grad_y"), g.out_shape)
+    check_shape(function, "mask", real["mask"], (g.batch, offset_groups * g.taps, *size))
+    check_shape(function, "grad_y", real["grad_y"], g.out_shape)
     return g._replace(offset_groups=offset_groups)
 
 
@@ -369,9 +368,9 @@ def _cuda_forward(g, x, offset, weight, bias, mask):
         offset, mask = _per_position(offset, dtype), _per_position(mask, dtype)
         packed = pack_weight(weight, g, x.dtype)
         y = array_module(x).empty((g.batch * g.positions, g.out_channels), x.dtype)
-        for first, count in _chunks(g, x):
-            columns = _im2col(g, image, offset, mask, first, count)
-            _cuda.gemm(columns, packed.mT, out=by_group(y[first : first + count], g))
+        for chunk in _chunks(g, x):
+            columns = _im2col(g, image, offset, mask, chunk)
+            _cuda.gemm(columns, packed.mT, out=by_group(chunk.rows(y), g))
         if bias is not None:
             y += bias
         return image_rows(y, g)
@@ -391,27 +390,40 @@ def _fused_gradients(g, grad, image, offset, weight, mask, wanted):
     xp, dtype = array_module(image), compute_dtype(image.dtype)
     grad_image = grad_offset = grad_weight = grad_mask = None
     o = _fused.operands(image, offset, mask)
+    of_samples = wanted & {"offset", "mask"}
     if wanted - {"bias"}:
-        packed = _fused_backward.pack_rows(g, o, grad)
+        rows = _fused_backward.pack_rows(g, o, grad)
     if "weight" in wanted:
-        grad_weight = _fused_backward.weight_gradient(g, o, packed, image, weight, offset, mask)
-    if wanted & {"offset", "mask"}:
-        grad_offset = xp.empty((len(grad), g.offset_groups, g.taps, 2), offset.dtype)
+        grad_weight = _fused_backward.weight_gradient(g, o, rows, image, weight, offset, mask)
+    if of_samples:
+        grad_offset = xp.empty((len(grad), offset.shape[1]), offset.dtype)
     if "mask" in wanted:
-        grad_mask = xp.empty(grad_offset.shape[:3], mask.dtype)
-    if wanted & {"x", "offset", "mask"}:
-        column_gradients = _fused_backward.column_gradients(
-            g, o, packed, image, weight, offset, mask
-        )
+        grad_mask = xp.empty((len(grad), mask.shape[1]), mask.dtype)
+    if "x" in wanted or of_samples:
+        given = rows, image, offset, mask, _fused_backward.pack_weights(g, o, weight)
     if "x" in wanted:
         grad_image = xp.empty(image.shape, dtype)
-        for first, count in _chunks(g, image):
-            grad_columns = empty_columns(g, count, like=image)
-            column_gradients(first, count, grad_columns, grad_offset, grad_mask)
-            _image_gradient(g, offset, mask, grad_columns, grad_image, first, count)
-    elif wanted & {"offset", "mask"}:
-        column_gradients(0, len(grad), None, grad_offset, grad_mask)
+        for columns, column_gradient, image_gradient in _fused_chunks(g, o, _chunks(g, image)):
+            grad_columns = xp.empty(columns, image.dtype)
+            column_gradient(*given, grad_columns, grad_offset, grad_mask)
+            image_gradient(offset, mask, grad_columns, grad_image)
+    elif of_samples:
+        column_gradient = _fused_backward.column_launch(g, o, Chunk(0, len(grad), ()))
+        column_gradient(*given, None, grad_offset, grad_mask)
     return grad_image, grad_offset, grad_weight, grad, grad_mask
+
+
+@functools.lru_cache(maxsize=CALLS)
+def _fused_chunks(g, o, chunks):
+    """For each chunk the shape of its columns, and what computes their gradient and the image's."""
+    return tuple(
+        (
+            chunk.columns,
+            _fused_backward.column_launch(g, o, chunk),
+            _image_gradient(g, o.dtype, o.offset, o.mask, chunk),
+        )
+        for chunk in chunks
+    )
 
 
 def _column_gradients(g, grad, image, offset, weight, mask, wanted):
@@ -424,19 +436,20 @@ def _column_gradients(g, grad, image, offset, weight, mask, wanted):
     grad_image = xp.empty(image.shape, dtype) if "x" in wanted else None
     grad_offset = xp.empty(places.shape, dtype)
     grad_mask = None if mask is None else xp.empty(masks.shape, dtype)
-    for first, count in _chunks(g, image):
-        grad_out = by_group(grad[first : first + count], g)
+    for chunk in _chunks(g, image):
+        grad_out = by_group(chunk.rows(grad), g)
         if "weight" in wanted:
-            columns = _im2col(g, image, places, masks, first, count)
+            columns = _im2col(g, image, places, masks, chunk)
             _cuda.gemm(grad_out.mT, columns, grad_packed, accumulate=True)
         if wanted & {"x", "offset", "mask"}:
-            grad_columns = empty_columns(g, count, like=image)
+            grad_columns = xp.empty(chunk.columns, image.dtype)
             _cuda.gemm(grad_out, packed, out=grad_columns)
         if wanted & {"offset", "mask"}:
-            launch = _offset_gradient_launch(g, image.dtype, _cuda.vector(image), first, count)
+            launch = _offset_gradient_launch(g, image.dtype, _cuda.vector(image), chunk)
             launch(image, places, masks, grad_columns, grad_offset, grad_mask)
         if "x" in wanted:
-            _image_gradient(g, offset, mask, grad_columns, grad_image, first, count)
+            add_gradient = _image_gradient(g, image.dtype, view(offset), view(mask), chunk)
+            add_gradient(offset, mask, grad_columns, grad_image)
     grad_weight = unpack_weight(grad_packed, g, image.dtype) if "weight" in wanted else None
     return grad_image, grad_offset, grad_weight, grad, grad_mask
 
@@ -451,52 +464,62 @@ def _macros(g, dtype, vec):
 
 
 @functools.lru_cache(maxsize=CALLS)
-def _im2col_launch(
-    g: ConvGeometry, dtype: np.dtype, vector: int, first: int, count: int
-) -> _cuda.Launch:
+def _im2col_launch(g: ConvGeometry, dtype: np.dtype, vector: int, chunk: Chunk) -> _cuda.Launch:
     vec = math.gcd(run_length(g), vector)
     return _cuda.Launch(
         "deform_conv.cu", "im2col",
-        (-(-count * g.offset_groups * g.taps // SAMPLES),),
+        (-(-chunk.size * g.offset_groups * g.taps // SAMPLES),),
         _cuda.row_block(g.channels // g.offset_groups // vec),
-        g, first, count, **_macros(g, dtype, vec),
+        g, chunk.first, chunk.size, **_macros(g, dtype, vec),
     )  # fmt: skip
 
 
-def _im2col(g, image, offset, mask, first, count):
-    columns = empty_columns(g, count, like=image)
-    launch = _im2col_launch(g, image.dtype, _cuda.vector(image), first, count)
+def _im2col(g, image, offset, mask, chunk):
+    columns = array_module(image).empty(chunk.columns, image.dtype)
+    launch = _im2col_launch(g, image.dtype, _cuda.vector(image), chunk)
     launch(image, offset, mask, columns)
     return columns
 
 
 @functools.lru_cache(maxsize=CALLS)
 def _offset_gradient_launch(
-    g: ConvGeometry, dtype: np.dtype, vector: int, first: int, count: int
+    g: ConvGeometry, dtype: np.dtype, vector: int, chunk: Chunk
 ) -> _cuda.Launch:
     vec = math.gcd(run_length(g), vector)
     return _cuda.row_launch(
         "deform_conv.cu", "offset_gradient",
-        count * g.offset_groups * g.taps, g.channels // g.offset_groups // vec,
-        g, first, count, **_macros(g, dtype, vec),
+        chunk.size * g.offset_groups * g.taps, g.channels // g.offset_groups // vec,
+        g, chunk.first, chunk.size, **_macros(g, dtype, vec),
     )  # fmt: skip
 
 
 class ImageGradient(NamedTuple):
-    """The launches for some positions, and how many samples and cells these have."""
+    """The launches for a chunk, and how many samples and cells it has."""
 
     samples: int
     cells: int
     link_samples: _cuda.Launch
     list_samples: _cuda.Launch
-    image_gradient: _cuda.Launch
+    gather: _cuda.Launch
+
+    def __call__(
+        self, offset: Array, mask: Array | None, grad_columns: Array, grad_image: Array
+    ) -> None:
+        """Gather the gradient of the pixels that the columns have seen, and add it."""
+        xp = array_module(offset)
+        cells = xp.zeros((self.cells + 1, 2), np.int32)
+        links = xp.empty((2, self.samples), np.int32)  # and lists
+        weights = xp.empty((self.samples, 4), grad_image.dtype)
+        self.link_samples(offset, mask, cells, links, weights)
+        self.list_samples(links, cells)
+        self.gather(grad_columns, cells, links, weights, grad_image)
 
 
 @functools.lru_cache(maxsize=CALLS)
-def _image_gradient_plan(
-    g: ConvGeometry, dtype: np.dtype, offset: View, mask: View | None, first: int, count: int
+def _image_gradient(
+    g: ConvGeometry, dtype: np.dtype, offset: View, mask: View | None, chunk: Chunk
 ) -> ImageGradient:
-    images = images_of(g, first, count)
+    first, count, images = chunk.first, chunk.size, chunk.images(g)
     samples = count * g.offset_groups * g.taps
     cells = len(images) * g.offset_groups * (g.height + 1) * (g.width + 1)
     vec = math.gcd(run_length(g), _cuda.LOAD_BYTES // dtype.itemsize)
@@ -513,21 +536,9 @@ def _image_gradient_plan(
             "link_samples", (-(-samples // _cuda.THREADS),), (_cuda.THREADS,),
             g, strides(offset), strides(mask), images.start, first, count,
         ),
-        kernel("list_samples", (-(-cells // _cuda.THREADS),), (_cuda.THREADS,), cells),
+        kernel("list_samples", (-(-cells // _cuda.THREADS),), (_cuda.THREADS,), samples, cells),
         kernel(
             "image_gradient", (-(-len(images) * g.height * g.width // rows),), (lanes, rows),
             g, len(images), images.start, first, count,
         ),
     )  # fmt: skip
-
-
-def _image_gradient(g, offset, mask, grad_columns, grad_image, first, count):
-    """The gradient of the pixels that these columns have seen, added to that of earlier ones."""
-    xp = array_module(grad_columns)
-    plan = _image_gradient_plan(g, grad_columns.dtype, view(offset), view(mask), first, count)
-    cells = xp.zeros((plan.cells + 1, 2), np.int32)
-    links, lists = xp.empty(plan.samples, np.int32), xp.empty(plan.samples, np.int32)
-    weights = xp.empty((plan.samples, 4), grad_image.dtype)
-    plan.link_samples(offset, mask, cells, links, weights)
-    plan.list_samples(links, cells, lists)
-    plan.image_gradient(grad_columns, cells, lists, weights, grad_image)

@@ -324,14 +324,12 @@ def deform_ps_roi_pool_backward(
 def _geometry(
     function, x, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, mask, **gradient
 ):
-    g = roi_geometry(
+    return roi_geometry(
         function, x, rois, output_size, spatial_scale, sampling_ratio=sampling_ratio, gamma=gamma,
-        offset=offset, mask=mask, **gradient,
+        with_offset=_with_bins, offset=offset, mask=mask, **gradient,
     )  # fmt: skip
-    return g if offset is None else _with_bins(function, g, Spec(offset.shape, offset.dtype))
 
 
-@functools.lru_cache(maxsize=CALLS)
 def _with_bins(function: str, g: RoIGeometry, offset: Spec) -> RoIGeometry:
     """An offset for every bin."""
     check_shape(function, "offset", offset, (g.rois, 2, g.pooled_h, g.pooled_w))
@@ -342,16 +340,14 @@ def _ps_geometry(
     function, x, rois, offset, output_size, spatial_scale, group_size, sampling_ratio, gamma, mask,
     **gradient,
 ):  # fmt: skip
-    g = roi_geometry(
+    return roi_geometry(
         function, x, rois, output_size, spatial_scale,
         group_size=output_size if group_size is None else group_size,
         sampling_ratio=pair(function, "sampling_ratio", sampling_ratio, 1), gamma=gamma,
-        offset=offset, mask=mask, **gradient,
+        with_offset=_with_parts, offset=offset, mask=mask, **gradient,
     )  # fmt: skip
-    return g if offset is None else _with_parts(function, g, Spec(offset.shape, offset.dtype))
 
 
-@functools.lru_cache(maxsize=CALLS)
 def _with_parts(function: str, g: RoIGeometry, offset: Spec) -> RoIGeometry:
     """An offset for every class and part."""
     check_shape(function, "offset", offset, (g.rois, "2 classes", "part height", "part width"))
@@ -367,8 +363,7 @@ def _with_parts(function: str, g: RoIGeometry, offset: Spec) -> RoIGeometry:
 
 
 def _backward(function, g, rule, grad_y, x, rois, offset, mask, wrt):
-    wanted = check_wrt(function, wrt, DeformRoIPoolGradients._fields)
-    wanted -= {name for name, array in (("offset", offset), ("mask", mask)) if array is None}
+    wanted = check_wrt(function, wrt, DeformRoIPoolGradients._fields, offset=offset, mask=mask)
     run = _numpy_backward if array_module(x) is np else _cuda_backward
     return run(function, g, rule, grad_y, x, rois, offset, mask, wanted)
 

@@ -6,7 +6,7 @@ from numpy.testing import assert_array_equal
 
 import deformable
 from deformable import _fused, conv2d, conv2d_backward
-from deformable.conv import ConvGeometry, conv_geometry, index_type
+from deformable.conv import Chunk, ConvGeometry, conv_geometry, index_type
 from deformable.testing import check_backward
 from tests import reference
 from tests.arrays import host, on
@@ -172,12 +172,14 @@ def last_rows(xp, height):
 
     image = xp.zeros((1, 1, height, 8), np.float32)
     image[..., -4:, :] = xp.arange(1, 33, dtype=np.float32).reshape(4, 8)
-    g = conv_geometry("test", image, xp.zeros((1, 1, 3, 3)), None, 3 * [(1, 1)])
+    arrays = {"x": image, "weight": xp.zeros((1, 1, 3, 3))}
+    g = conv_geometry("test", arrays, 3 * [(1, 1)])
     first = g.positions - 24
-    columns = deformable.conv._im2col(g, image, first, 24)
+    chunk = Chunk(first, 24, (1, 24, 9))
+    columns = deformable.conv._im2col(g, image, chunk)
     grad_image = xp.zeros((1, height, 8, 1), np.float32)
     with configure(last_blocks=1):  # of 256 pixels
-        deformable.conv._col2im_launch(g, image.dtype, first, 24)(columns, grad_image)
+        deformable.conv._col2im_launch(g, image.dtype, chunk)(columns, grad_image)
     return columns.get(), grad_image[:, -32:].get()
 
 

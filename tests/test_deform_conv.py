@@ -12,7 +12,7 @@ from deformable import (
     deform_conv2d,
     deform_conv2d_backward,
 )
-from deformable.conv import conv_geometry
+from deformable.conv import Chunk, conv_geometry
 from deformable.testing import check_backward, error_bound
 from tests import reference
 from tests.arrays import host, on
@@ -469,28 +469,30 @@ def last_row(xp, height, width=2**15, count=256):
     rng = np.random.default_rng(17)
     image = xp.zeros((1, 1, height, width), np.float32)
     image[..., -4:, -count:] = xp.asarray(rng.normal(size=(4, count)))
-    g = conv_geometry("test", image, xp.zeros((1, 1, 1, 1)), None, [(1, 1), (0, 0), (1, 1)])
+    arrays = {"x": image, "weight": xp.zeros((1, 1, 1, 1))}
+    g = conv_geometry("test", arrays, [(1, 1), (0, 0), (1, 1)])
     first = g.positions - count
     offset = xp.zeros((1, height, width, 2), np.float32)
     quarters = rng.integers(-8, 9, (count, 2)) / 4  # exact also at y = 2**16
     offset[0, -1, -count:] = xp.asarray(quarters)
-    columns = deformable.deform_conv._im2col(g, image, offset, None, first, count)
+    chunk = Chunk(first, count, (1, count, 1))
+    columns = deformable.deform_conv._im2col(g, image, offset, None, chunk)
 
     grad_offset = xp.zeros(offset.shape, np.float32)
-    launch = deformable.deform_conv._offset_gradient_launch(g, image.dtype, 1, first, count)
+    launch = deformable.deform_conv._offset_gradient_launch(g, image.dtype, 1, chunk)
     launch(image, offset, None, columns, grad_offset, None)
 
     around = 3 * (width + 1)  # that many cells at the end are those around the last row
     seen = _fused.view(offset.transpose(0, 3, 1, 2))
-    plan = deformable.deform_conv._image_gradient_plan(g, image.dtype, seen, None, first, count)
+    plan = deformable.deform_conv._image_gradient(g, image.dtype, seen, None, chunk)
     cells, weights = xp.zeros((plan.cells + 1, 2), np.int32), xp.empty((count, 4), np.float32)
-    links, lists = xp.empty(count, np.int32), xp.empty(count, np.int32)
+    links = xp.empty((2, count), np.int32)
     grad_image = xp.zeros((1, height, width, 1), np.float32)
     plan.link_samples(offset, None, cells, links, weights)
     with configure(last_blocks=-(-around // 256)):
-        plan.list_samples(links, cells, lists)
+        plan.list_samples(links, cells)
     with configure(last_blocks=1):  # of 256 pixels
-        plan.image_gradient(columns, cells, lists, weights, grad_image)
+        plan.gather(columns, cells, links, weights, grad_image)
     results = columns, grad_offset[0, -1, -count:], weights, grad_image[0, -1, -count:]
     return [a.get() for a in results]
 

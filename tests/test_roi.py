@@ -167,12 +167,12 @@ def test_kernels_go_through_many_rois_and_tiles_of_pixels(name, offsets, xp):
 
 LIST_HITS = """
 extern "C" __global__ void __launch_bounds__(256)
-    list_hits(const Run* runs, const int* order, const int* starts, const Reach* reaches,
-              int* times, const RoIGeometry g) {
+    list_hits(const Run* runs, const int* order, const Reach* reaches, int* times,
+              const RoIGeometry g) {
   __shared__ List<int> near;
   __shared__ List<Hit> hits;
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
-  for_bins_that_see(pixel_tile(g), g, runs, {order, starts, reaches}, near, hits, [&](int found) {
+  for_bins_that_see(pixel_tile(g), g, runs, {order, reaches}, near, hits, [&](int found) {
     for (int i = thread; i < found; i += threads) ++times[blockIdx.x * g.rows() + hits.item[i].row];
   });
 }
@@ -207,15 +207,16 @@ def test_every_bin_is_listed_in_the_tiles_that_it_sees_alone(offsets, size, xp, 
     plan = _roi.make_plan(
         g, ALIGNED, xp.asarray(rois), offset if offset is None else xp.asarray(offset)
     )
-    starts = xp.asarray(np.searchsorted(images.ravel(), np.arange(3)).astype(np.int32))
-    order, times = xp.asarray(np.arange(k, dtype=np.int32)), xp.zeros(want.shape, np.int32)
+    starts = np.searchsorted(images.ravel(), np.arange(3))
+    order = xp.asarray(np.concatenate((np.arange(k), starts)).astype(np.int32))
+    times = xp.zeros(want.shape, np.int32)
     text = _cuda.source("roi_gather.cuh") + LIST_HITS
     monkeypatch.setattr(_cuda, "source", lambda file: text)
     launch = _cuda.Launch(
         "a test", "list_hits", (want.size // g.rows,), (8, rows), g,
         **_roi.macros(g, np.dtype(np.float32), rows=rows),
     )  # fmt: skip
-    launch(plan.runs, order, starts, plan.reaches, times)
+    launch(plan.runs, order, plan.reaches, times)
     assert_array_equal(host(xp, times)[..., matters], want[..., matters])
 
 
@@ -339,12 +340,13 @@ def test_rows_for_kernels_hold_what_is_seen_together(shape, groups, depth, pitch
         pytest.skip("is for kernels")
     x = np.random.default_rng(18).normal(size=shape).astype(np.float16)
     n, c, h, w = shape
-    want = np.zeros((n, h, w, groups, c // (groups * depth), pitch), np.float32)
-    split = x.reshape(n, c // (groups * depth), depth, groups, h, w)
+    classes = c // (groups * depth)
+    want = np.zeros((n, h, w, groups, classes, pitch), np.float32)
+    split = x.reshape(n, classes, depth, groups, h, w)
     want[..., :depth] = split.transpose(0, 4, 5, 3, 1, 2)
     for given in xp.asarray(x), with_strides(xp, LAYOUTS[lay](x)):
         for dtype in np.float16, np.float32:
-            rows = _roi.cuda_rows(given, groups, depth, pitch, np.dtype(dtype))
+            rows = _roi.cuda_rows(given, groups, classes, pitch, np.dtype(dtype))
             assert rows.dtype == dtype and rows.flags.c_contiguous
             assert_array_equal(host(xp, rows), want.reshape(-1, pitch))
 

@@ -271,6 +271,7 @@ def test_memory_orders_are_kept():
         assert made.strides == nhwc.strides
     assert cupy.ascontiguousarray(cupy.asarray(nhwc)).flags.c_contiguous
     assert cupy.asarray(nhwc).copy().flags.c_contiguous
+    assert cupy.asarray(nhwc).astype("f4", order="C", copy=False).flags.c_contiguous
 
 
 # ---- memory

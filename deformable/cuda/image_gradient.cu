@@ -25,8 +25,9 @@ __device__ __forceinline__ int sample_count(const ConvGeometry& g, int64 count) 
   return static_cast<int>(count) * g.offset_groups * g.taps();
 }
 
-// The list of a cell, lists[begin] to lists[end - 1]. Before there are lists, `begin` is the number
-// of the last sample of the cell's chain, from 1 on: 0 ends a chain. `end` is not used then.
+// An array of two ints per sample holds the links of all chains, and behind them all lists. That of
+// a cell is lists[begin] to lists[end - 1]. Before there are lists, `begin` is the number of the last
+// sample in the cell's chain, from 1 on: 0 ends a chain. `end` is not used then.
 struct alignas(8) Span {
   int begin, end;
 };
@@ -59,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(256)
 // but offsets may send all samples to one cell. Behind the last cell the length of all lists is added
 // up, from 0 on: a block reserves room for its own at once.
 extern "C" __global__ void __launch_bounds__(256)
-    list_samples(const int* __restrict__ links, Span* __restrict__ cells, int* __restrict__ lists,
+    list_samples(int* __restrict__ links, Span* __restrict__ cells, const int64 samples,
                  const int64 count) {
   __shared__ int total, start;
   const int64 cell = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -75,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(256)
   if (cell >= count) return;
 
   const int begin = start + place;
-  int* const list = lists + begin;
+  int* const list = links + samples + begin;
   for (int number = last, i = 0; number > 0; number = links[number - 1]) list[i++] = number - 1;
   for (int gap = length / 2; gap > 0; gap /= 2) {
     for (int i = gap; i < length; ++i) {
@@ -92,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(256)
 // four cells around it. It adds to what an earlier chunk has made of the same image.
 extern "C" __global__ void __launch_bounds__(256, 3)
     image_gradient(const T* __restrict__ grad_columns, const Span* __restrict__ cells,
-                   const int* __restrict__ lists, const A* __restrict__ weights,
+                   const int* __restrict__ links, const A* __restrict__ weights,
                    A* __restrict__ grad_image, const ConvGeometry g, const int64 images,
                    const int64 first_image, const int64 first, const int64 count) {
   const index_t row = static_cast<index_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -103,6 +104,7 @@ extern "C" __global__ void __launch_bounds__(256, 3)
   if (image >= images) return;
 
   const int depth = g.channels / g.offset_groups;
+  const int* const lists = links + sample_count(g, count);
   const bool begun = (first_image + image) * g.positions() < first;
   A* const pixel = grad_image + (first_image * g.height * g.width + row) * g.channels;
   for (int c = threadIdx.x * VEC; c < g.channels; c += blockDim.x * VEC) {

@@ -1,4 +1,4 @@
-// _roi.py: where all bins look, which RoIs an image has, and channels that are seen together.
+// _roi.py: where all bins look, and which RoIs an image has.
 #include "roi_gather.cuh"
 
 static_assert(sizeof(Run) == 11 * sizeof(double), "RUN in _roi.py");
@@ -59,11 +59,10 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   reaches[roi] = reach;
 }
 
-// A block lists the RoIs of one image, in their order: order (K,), and where in it those of each
-// image begin, starts (N + 1,); the last block finds the end. It reads the images of all RoIs twice.
+// A block lists the RoIs of one image, in their order: order (K,), and behind it where in it those of
+// each image begin (N + 1,); the last block finds the end. It reads the images of all RoIs twice.
 extern "C" __global__ void __launch_bounds__(256)
-    sort_by_image(const int* __restrict__ images, int* __restrict__ order,
-                  int* __restrict__ starts, const RoIGeometry g) {
+    sort_by_image(const int* __restrict__ images, int* __restrict__ order, const RoIGeometry g) {
   __shared__ List<int> list;
   const int image = blockIdx.x;
   int to = 0;
@@ -71,46 +70,11 @@ extern "C" __global__ void __launch_bounds__(256)
     const int roi = first + threadIdx.x;
     to += gather_hits(roi < g.rois && images[roi] < image, roi, list);
   }
-  if (threadIdx.x == 0) starts[image] = to;
+  if (threadIdx.x == 0) order[g.rois + image] = to;
   for (int first = 0; first < g.rois; first += blockDim.x) {
     const int roi = first + threadIdx.x;
     const int found = gather_hits(roi < g.rois && images[roi] == image, roi, list);
     if (threadIdx.x < found) order[to + threadIdx.x] = list.item[threadIdx.x];
     to += found;
-  }
-}
-
-// (N, C, H, W) arrays as rows (N, H, W, groups, classes, pitch): the depth channels of a group and
-// class lie together, and zeros behind them.
-struct Layout {
-  int images, channels, height, width, groups, depth, pitch;
-};
-
-constexpr int SIDE = 32;
-
-// A block copies SIDE pixels x SIDE channels of one group: it reads along the pixels and writes along
-// the channels, each element once in whole sectors of memory, and turns them in shared memory.
-extern "C" __global__ void __launch_bounds__(256)
-    arrange(const T* __restrict__ from, T* __restrict__ to, const Layout l) {
-  __shared__ T tile[SIDE][SIDE + 1];
-  const int64 pixels = static_cast<int64>(l.height) * l.width;
-  const int channels = l.channels / l.groups, row = channels / l.depth * l.pitch;
-  const int tiles = quotient_up(row, SIDE);
-  const int64 strips = quotient_up<int64>(pixels, SIDE), block = blockIdx.x / tiles;
-  const int first = blockIdx.x % tiles * SIDE, group = static_cast<int>(block % l.groups);
-  const int64 strip = block / l.groups, image = strip / strips, pixel = strip % strips * SIDE;
-  for (int i = threadIdx.y; i < SIDE; i += blockDim.y) {
-    const int place = first + i, in_class = place % l.pitch;
-    if (place >= row || pixel + threadIdx.x >= pixels) break;
-    const int of_group = place / l.pitch * l.depth + in_class;
-    const int64 plane = image * l.channels + static_cast<int64>(of_group) * l.groups + group;
-    const bool padding = in_class >= l.depth;
-    tile[i][threadIdx.x] = padding ? T(0.f) : from[plane * pixels + pixel + threadIdx.x];
-  }
-  __syncthreads();
-  for (int i = threadIdx.y; i < SIDE; i += blockDim.y) {
-    if (first + threadIdx.x >= row || pixel + i >= pixels) break;
-    const int64 at = (image * pixels + pixel + i) * l.groups + group;
-    to[at * row + first + threadIdx.x] = tile[threadIdx.x][i];
   }
 }

@@ -69,10 +69,9 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 // read of its gradient per row of pixels in which it weighs something. Every pixel is written once.
 extern "C" __global__ void __launch_bounds__(256, 1)
     average_gradient(const T* __restrict__ grad_y, const Run* __restrict__ runs,
-                     const int* __restrict__ order, const int* __restrict__ starts,
-                     const Reach* __restrict__ reaches, T* __restrict__ grad_image,
-                     const A* __restrict__ table, const double* __restrict__ mask,
-                     const RoIGeometry g, const Rule rule) {
+                     const int* __restrict__ order, const Reach* __restrict__ reaches,
+                     T* __restrict__ grad_image, const A* __restrict__ table,
+                     const double* __restrict__ mask, const RoIGeometry g, const Rule rule) {
   __shared__ List<int> near;
   __shared__ List<Hit> hits;
   __shared__ A weights[BATCH][ROWS + COLUMNS];  // of a column and of a row of pixels
@@ -81,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   const int depth = g.depth();
   Vector sums[COLUMNS];
   for (int i = 0; i < COLUMNS; ++i) sums[i] = zero();
-  for_bins_that_see(tile, g, runs, {order, starts, reaches}, near, hits, [&](int found) {
+  for_bins_that_see(tile, g, runs, {order, reaches}, near, hits, [&](int found) {
     for (int first = 0; first < found; first += BATCH) {
       const int size = min(BATCH, found - first);
       for (int i = thread; i < size * (ROWS + COLUMNS); i += threads) {

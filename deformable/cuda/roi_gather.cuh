@@ -57,9 +57,10 @@ struct Reach {
   int y, end_y, x, end_x;
 };
 
-// The RoIs by their images: those of an image are order[starts[image]], ..., in their order.
+// The RoIs by their images: those of an image are order[first], ..., in their order. The first of
+// every image, and the end, lie behind the order.
 struct RoIs {
-  const int *order, *starts;
+  const int* order;
   const Reach* reaches;
 };
 
@@ -104,8 +105,9 @@ __device__ __forceinline__ void for_bins_that_see(const PixelTile& tile, const R
                                                   List<int>& near, List<Hit>& hits, Use use) {
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
   const PlaneBins bins = bins_of_plane(g, tile.plane);
-  const int end = rois.starts[tile.image + 1];
-  for (int next = rois.starts[tile.image]; next < end; next += threads) {
+  const int* const first = rois.order + g.rois + tile.image;
+  const int end = first[1];
+  for (int next = first[0]; next < end; next += threads) {
     int roi = 0;
     bool is_hit = thread < end - next;
     if (is_hit) {

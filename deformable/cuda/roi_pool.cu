@@ -41,15 +41,14 @@ __device__ __forceinline__ A hat(A distance) { return max(static_cast<A>(0), 1 -
 extern "C" __global__ void __launch_bounds__(256, sizeof(A) == 8 ? 1 : 2)
     winner_gradient(const T* __restrict__ grad_y, const A* __restrict__ winner_y,
                     const A* __restrict__ winner_x, const Run* __restrict__ runs,
-                    const int* __restrict__ order, const int* __restrict__ starts,
-                    const Reach* __restrict__ reaches, T* __restrict__ grad_image,
-                    const RoIGeometry g) {
+                    const int* __restrict__ order, const Reach* __restrict__ reaches,
+                    T* __restrict__ grad_image, const RoIGeometry g) {
   __shared__ List<int> near;
   __shared__ List<Hit> hits;
   const PixelTile tile = pixel_tile(g);
   Vector sums[COLUMNS];
   for (int i = 0; i < COLUMNS; ++i) sums[i] = zero();
-  for_bins_that_see(tile, g, runs, {order, starts, reaches}, near, hits, [&](int found) {
+  for_bins_that_see(tile, g, runs, {order, reaches}, near, hits, [&](int found) {
     for (int b = 0; b < found && tile.channel < g.channels; ++b) {
       const Hit hit = hits.item[b];
       const int y = tile.y + threadIdx.y - runs[hit.y].pixel;

@@ -50,7 +50,7 @@ def softmax_cross_entropy(
     >>> round(float(loss), 4), grad.tolist()
     (0.6931, [[0.5, -0.5]])
     """
-    xp = check_library("softmax_cross_entropy", {"logits": logits, "labels": labels})
+    xp, _ = check_library("softmax_cross_entropy", {"logits": logits, "labels": labels})
     check_dtypes("softmax_cross_entropy", {"logits": logits}, {})
     if labels.dtype.kind not in "iu":
         raise TypeError(f"softmax_cross_entropy: labels have dtype {labels.dtype}, expected int")

@@ -123,7 +123,9 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     def astype(self, dtype, order="K", casting=None, subok=None, copy=True):
         if casting is not None or subok is not None:
             raise TypeError("casting and subok are not supported yet")
-        if not copy and self.dtype == dtype:
+        flags = self._host.flags
+        lies = {"K": True, "A": flags.forc, "C": flags.c_contiguous, "F": flags.f_contiguous}
+        if not copy and self.dtype == dtype and lies[order]:
             return self
         with np.errstate(all="ignore"):
             return wrap(self._host.astype(dtype, order=order))
