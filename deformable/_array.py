@@ -52,7 +52,7 @@ def check_library(
     first = next(iter(arrays))
     example: Array = arrays[first]
     xp = array_module(example)
-    library, device = xp.ndarray, None if xp is np else example.device
+    library, device = xp.ndarray, None if xp is np else example.data.device_id
     signature = []
     for name, array in arrays.items():
         if array is None and name in optional:
@@ -69,13 +69,15 @@ def check_library(
             )
         dtype = array.dtype
         if device is not None:
-            if array.device != device:
+            data = array.data
+            if data.device_id != device:
                 raise ValueError(
-                    f"{function}: {name} is on {array.device}, expected {device} where {first} is"
+                    f"{function}: {name} is on {array.device}, expected {example.device} where "
+                    f"{first} is"
                 )
-            if math.gcd(array.data.ptr, *array.strides) % dtype.itemsize:
+            if math.gcd(data.ptr, *array.strides) % dtype.itemsize:
                 raise ValueError(
-                    f"{function}: {name} begins at address {array.data.ptr:#x} and has strides "
+                    f"{function}: {name} begins at address {data.ptr:#x} and has strides "
                     f"{array.strides}, expected multiples of {dtype.itemsize} bytes, as its dtype "
                     f"has"
                 )

@@ -39,13 +39,13 @@ COMPARISONS = {
 # functions of the library that an eager call on cupy arrays enters: forward, forward + backward
 ENTERED = {
     "deform_conv2d": (28, 80),
-    "conv2d": (31, 80),
-    "roi_align": (38, 77),
-    "roi_pool": (34, 91),
-    "ps_roi_pool": (38, 77),
-    "ps_roi_align": (37, 75),
-    "deform_ps_roi_pool": (41, 101),
-    "deform_roi_pool": (38, 95),
+    "conv2d": (31, 79),
+    "roi_align": (38, 76),
+    "roi_pool": (34, 90),
+    "ps_roi_pool": (38, 76),
+    "ps_roi_align": (37, 74),
+    "deform_ps_roi_pool": (41, 100),
+    "deform_roi_pool": (38, 94),
 }
 
 

@@ -6,7 +6,8 @@ from numpy.testing import assert_array_equal
 
 import deformable
 from deformable import _fused, conv2d, conv2d_backward
-from deformable.conv import Chunk, ConvGeometry, conv_geometry, index_type
+from deformable._array import FLOATS
+from deformable.conv import Chunk, ConvGeometry, bias_gradient, conv_geometry, index_type
 from deformable.testing import check_backward
 from tests import reference
 from tests.arrays import host, on
@@ -76,7 +77,7 @@ def test_gradients_agree_between_the_libraries(n, xp):
 
 @pytest.mark.parametrize("limit", [1, 3000])
 def test_results_do_not_depend_on_the_size_of_blocks(limit, xp, monkeypatch):
-    arrays, keywords = random_case(np.random.default_rng(3))
+    arrays, keywords = random_case(np.random.default_rng(3), n=3)
     arrays = on(xp, arrays)
     y = conv2d(**arrays, **keywords)
     grads = conv2d_backward(y, **arrays, **keywords)
@@ -152,6 +153,17 @@ def test_counting_by_int64_gives_the_same_bits(monkeypatch):
         assert_array_equal(conv2d(**arrays, **keywords).get(), y.get())
         for a, b in zip(conv2d_backward(y, **arrays, **keywords), grads, strict=True):
             assert_array_equal(a.get(), b.get())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (10, 33), (300, 40)])
+def test_the_gradient_of_a_bias_is_the_sum_of_all_rows(shape, dtype, xp):
+    """Of integers, all of whose sums are exact in float32."""
+    kind = np.dtype(getattr(pytest.importorskip("ml_dtypes"), dtype, dtype))
+    rows = np.random.default_rng(5).integers(-4, 5, shape)
+    have = host(xp, bias_gradient(xp.asarray(rows.astype(kind)), kind))
+    assert have.dtype == kind
+    assert_array_equal(have, rows.sum(axis=0).astype(kind))
 
 
 @pytest.mark.skipif(HAVE_GPU, reason="only simulated memory costs nothing before it is used")

@@ -33,6 +33,11 @@ class MemoryPointer:
     def __int__(self):
         return self.ptr
 
+    @property
+    def device_id(self):
+        found = device(self.ptr)
+        return current.device if found is None else found
+
 
 def allocate(size):
     """A new allocation, as an array of its bytes."""

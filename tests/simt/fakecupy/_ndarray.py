@@ -6,7 +6,7 @@ import inspect
 import numpy as np
 
 from tests.simt.fakecupy import _memory, _sync
-from tests.simt.fakecupy._current import check_device, current
+from tests.simt.fakecupy._current import check_device
 
 LOW_PRECISION = ("float16", "bfloat16")
 NO_BFLOAT16 = ("argsort", "cumprod", "cumsum", "searchsorted", "sort")  # has no kernel in CuPy
@@ -44,8 +44,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
 
     @property
     def device(self):
-        device = _memory.device(self.data.ptr)
-        return _cupy().cuda.Device(current.device if device is None else device)
+        return _cupy().cuda.Device(self.data.device_id)
 
     # ---- refusing to mix with NumPy
 
