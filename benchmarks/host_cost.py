@@ -113,10 +113,9 @@ def thin_cupy() -> dict[str, ModuleType]:
             setattr(self, name, made)
             return made
 
-    cupy, cuda, runtime = Module("cupy"), ModuleType("cupy.cuda"), ModuleType("cupy.cuda.runtime")
-    cupy.ndarray, cupy.cuda = ThinArray, cuda
-    cuda.Device, cuda.runtime, runtime.getDevice = Device, runtime, lambda: Device.id
-    return {"cupy": cupy, "cupy.cuda": cuda, "cupy.cuda.runtime": runtime}
+    cupy, cuda = Module("cupy"), ModuleType("cupy.cuda")
+    cupy.ndarray, cupy.cuda, cuda.Device = ThinArray, cuda, Device
+    return {"cupy": cupy, "cupy.cuda": cuda}
 
 
 @contextlib.contextmanager

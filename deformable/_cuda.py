@@ -8,7 +8,6 @@ import contextvars
 import functools
 import math
 import re
-import sys
 import threading
 from collections.abc import Iterator
 from importlib import resources
@@ -117,9 +116,9 @@ def struct(geometry: Any) -> np.ndarray:
 class Launch:
     """Kernel ``name`` of ``cuda/file``, compiled for these macros, and how it is launched.
 
-    It is called with arrays, or None (a null pointer), and runs on the current stream. After their
-    addresses the kernel gets ``values``: a NamedTuple (a struct by value) or an int (``long long``)
-    each. A macro that is a dtype becomes its C type.
+    It is called with arrays, any but the first of which may be None (a null pointer), and runs on
+    the current stream. After their addresses the kernel gets ``values``: a NamedTuple (a struct by
+    value) or an int (``long long``) each. A macro that is a dtype becomes its C type.
 
     It is all of a launch but the arrays: made once for calls of one kind, it is shared by them, and
     by all devices.
@@ -142,10 +141,10 @@ class Launch:
         self.values = tuple(struct(v) if isinstance(v, tuple) else np.int64(v) for v in values)
         self.kernels: dict[int, Any] = {}  # by device
 
-    def __call__(self, *arrays: Array | None) -> None:
+    def __call__(self, *arrays: Any) -> None:
         if self.empty:
             return
-        device = sys.modules["cupy"].cuda.runtime.getDevice()  # an import takes as long as a launch
+        device = arrays[0].data.device_id
         kernel = self.kernels.get(device) or self._compiled(device)
         kernel(self.grid, self.block, arrays + self.values, shared_mem=self.shared)
 
