@@ -295,6 +295,18 @@ def test_an_infinity_leaves_other_positions_as_they_are(inside, order, monkeypat
         assert_array_equal(a, b)
 
 
+def test_an_infinity_leaves_the_weights_of_other_output_channels_as_they_are(order):
+    """In tiles of which all warps compute a second time, without corrections."""
+    arrays, keywords = random_case(np.float32, h=4, w=5, o=64)
+    arrays = with_gradient(deform_conv2d, arrays, keywords)
+    want = deform_conv2d_backward(**on(cupy, arrays), **keywords, wrt="weight").weight.get()
+    arrays["grad_y"][0, 1::2, 2, 3] = np.inf
+    want[1::2] = deform_conv2d_backward(**exactly(arrays), **keywords, wrt="weight").weight[1::2]
+    assert np.isinf(want[1::2]).any(axis=(1, 2, 3)).all()
+    have = deform_conv2d_backward(**on(cupy, arrays), **keywords, wrt="weight").weight.get()
+    assert_array_equal(have, want)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_is_outside_is_never_seen(precision, order):
     dtype, mode = PRECISIONS[precision]
