@@ -220,17 +220,21 @@ def test_ten_runs_are_bitwise_equal(operator, precision):
     assert len({b"".join(a.get().tobytes() for a in run if a is not None) for run in runs}) == 1
 
 
-def test_tf32_is_the_nearest_one(order):
+@pytest.mark.parametrize("rounded", ["grad_y", "x", "weight"])
+def test_tf32_is_the_nearest_one(rounded, order):
     arrays, keywords = random_case(
         np.float32, c=1, o=3, kernel=(1, 1), padding=0, mask=False, bias=False
     )
+    arrays = {"grad_y": np.ones((1, 3, 5, 6), np.float32)} | arrays
     arrays["offset"][:] = 0
     arrays["x"][:], arrays["weight"][:] = 1, 1
-    arrays = {"grad_y": np.full((1, 3, 5, 6), 1 + 0.75 * TF32, np.float32)} | arrays
+    arrays[rounded][:] += 0.75 * TF32
     with deformable.float32_precision("high"):
         grad = deform_conv2d_backward(**on(cupy, arrays), **keywords)
-    assert_array_equal(grad.x.get(), np.full_like(arrays["x"], 3 * (1 + TF32)))
-    assert_array_equal(grad.weight.get(), np.full_like(arrays["weight"], 30 * (1 + TF32)))
+    nearest = {name: 1 + TF32 * (name == rounded) for name in ("grad_y", "x", "weight")}
+    x, weight = 3 * nearest["grad_y"] * nearest["weight"], 30 * nearest["grad_y"] * nearest["x"]
+    assert_array_equal(grad.x.get(), np.full_like(arrays["x"], x))
+    assert_array_equal(grad.weight.get(), np.full_like(arrays["weight"], weight))
 
 
 def test_float32_is_not_rounded_to_tf32(order):
@@ -293,6 +297,35 @@ def test_an_infinity_leaves_other_positions_as_they_are(inside, order, monkeypat
         assert not np.isfinite(a[..., 2, 3]).all()
         a[..., 2, 3] = b[..., 2, 3]
         assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("axis", [-2, -1])
+def test_an_offset_may_have_an_infinite_gradient_along_one_axis_only(axis, order):
+    """The image changes its sign along that axis; along the other one it is NaN, as inf − inf."""
+    arrays, keywords = inner_case(np.float32, channels=1, taps=1)
+    for name in "x", "weight", "mask":
+        arrays[name] = np.abs(arrays[name])
+    arrays["x"] *= (-1.0) ** np.indices(arrays["x"].shape)[axis]
+    arrays = {"grad_y": np.full((1, 8, 8, 8), np.inf, np.float32)} | arrays
+    have = deform_conv2d_backward(**on(cupy, arrays), **keywords, wrt="offset").offset.get()
+    along, across = have[:, axis % 2 :: 2], have[:, 1 - axis % 2 :: 2]
+    assert np.isinf(along).all() and np.isnan(across).all()
+    assert_array_equal(have, deform_conv2d_backward(**exactly(arrays), **keywords).offset)
+
+
+@pytest.mark.parametrize("position", [0, 31])
+@pytest.mark.parametrize("channel", [0, 63])
+def test_a_single_sum_shows_that_there_are_infinities(position, channel, order):
+    """The others are infinite; it is NaN, whose factor has no low part: 0 inf."""
+    arrays, keywords = plain(
+        *random_case(np.float32, c=64, h=4, w=8, o=1, kernel=(1, 1), padding=0)
+    )
+    arrays["weight"][0, channel] = np.inf
+    grad_y = np.full((1, 1, 4, 8), 1 + 2.0**-20, np.float32)
+    grad_y.flat[position] = 1
+    grads = conv2d_backward(**on(cupy, {"grad_y": grad_y} | arrays), **keywords, wrt="x")
+    assert np.isposinf(grads.x.get()[0, channel]).all()
+    assert np.isfinite(np.delete(grads.x.get()[0], channel, 0)).all()
 
 
 def test_an_infinity_leaves_the_weights_of_other_output_channels_as_they_are(order):

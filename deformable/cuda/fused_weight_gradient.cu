@@ -214,9 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       }
 
       if (now < begin) continue;
-      if constexpr (TERMS == 1) {
-        multiply_stage<true>(sums, tile_y + warp_o, tile_c + warp_c);
-      } else {
+      if constexpr (TERMS == 3) {
         // tensor cores truncate: the sums of many stages are added outside of them
         Sums stage_sums = {};
         if (corrected) {
@@ -229,6 +227,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
           sums[i / 4 / (2 * N16)][i / 4 % (2 * N16)][i % 4] +=
               stage_sums[i / 4 / (2 * N16)][i / 4 % (2 * N16)][i % 4];
         }
+      } else {
+        multiply_stage<false>(sums, tile_y + warp_o, tile_c + warp_c);
       }
     }
 
@@ -255,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         }
       }
     }
-    if (TERMS == 1 || !corrected || !any_of_block(nan)) break;
+    if (TERMS != 3 || !corrected || !any_of_block(nan)) break;
   }
 }
 
@@ -268,14 +268,13 @@ extern "C" __global__ void __launch_bounds__(256)
   const int depth = g.channels / g.groups, taps = g.taps();
   const int64 row = i / taps;
   const int tap = static_cast<int>(i - row * taps), out = static_cast<int>(row / depth);
-  if (out >= g.out_channels) return;
 
   const int channel = static_cast<int>(row - static_cast<int64>(out) * depth);
   const int group = out / l.outs, o = out - group * l.outs, run = channel / l.run;
   const int column = (run * taps + tap) * l.run_units * UNIT + channel - run * l.run;
   const int64 tile = static_cast<int64>(group * l.tiles_o + o / TILE_O) * l.tiles_c +
                      column / TILE_C - first_tile;
-  if (tile < 0 || tile >= tiles) return;
+  if (tile < 0 || tile >= tiles) return;  // also behind the last output channel
 
   float sum = 0;
   for (int64 part = 0; part < count; ++part) {
