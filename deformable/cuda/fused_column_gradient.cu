@@ -89,29 +89,26 @@ struct alignas(16) SamplePlan {
   A ly, lx, scale;
 };
 
-// Plans a slot for the thread's own output position; only its warp reads that. Answers if all samples
-// of the warp exist, and all of their corners.
+// Plans a slot for one output position; only the thread's warp reads that. Taps behind the last one
+// repeat it, for nothing. Answers if all corners of all samples of the warp exist.
 __device__ __forceinline__ bool plan_slot(const ConvGeometry& g, const Layout& l,
-                                          const Places& places, int position, bool exists,
-                                          int first_tap, int offset_group, SamplePlan* own) {
+                                          const Places& places, int position, int first_tap,
+                                          int offset_group, SamplePlan* own) {
+  const OutputPixel out = output_pixel(g, position);
   bool inside = true;
   __syncwarp();  // the last plan has been read
   for (int n = 0; n < l.samples; ++n) {
-    SamplePlan p = {{-1, -1, -1, -1}, 0, 0, 0};
-    const int tap = first_tap + n;
-    if (exists && tap < g.taps()) {
-      const OutputPixel out = output_pixel(g, position);
-      const Sample s = offset_sample(g, places, out, tap / g.kernel_w * g.dilation_h,
-                                     tap % g.kernel_w * g.dilation_w, offset_group * g.taps() + tap);
-      p.ly = s.ly, p.lx = s.lx, p.scale = s.scale;
+    const int tap = min(first_tap + n, g.taps() - 1);
+    const Sample s = offset_sample(g, places, out, tap / g.kernel_w * g.dilation_h,
+                                   tap % g.kernel_w * g.dilation_w, offset_group * g.taps() + tap);
+    SamplePlan p;
+    p.ly = s.ly, p.lx = s.lx, p.scale = s.scale;
 #pragma unroll
-      for (int corner = 0; corner < 4; ++corner) {
-        const int pixel = corner_pixel(s, corner, g.height, g.width);
-        p.pixel[corner] = pixel < 0 ? -1 : (out.image * g.height * g.width + pixel) * l.rows;
-      }
+    for (int corner = 0; corner < 4; ++corner) {
+      const int pixel = corner_pixel(s, corner, g.height, g.width);
+      p.pixel[corner] = pixel < 0 ? -1 : (out.image * g.height * g.width + pixel) * l.rows;
+      inside &= pixel >= 0;
     }
-#pragma unroll
-    for (int corner = 0; corner < 4; ++corner) inside &= p.pixel[corner] >= 0;
     own[n * TILE_M] = p;
   }
   __syncwarp();
@@ -122,18 +119,24 @@ typedef float Sums[N8][2][4];  // of an n8 tile with 16 rows, twice
 
 // The lane's units of its rows of grad_y, or zeros where they do not `exist`.
 template <bool CHECKED>
-__device__ __forceinline__ void load_rows(Unit (&a)[ROWS], const char* const (&rows)[ROWS], int byte,
+__device__ __forceinline__ void load_rows(Unit (&a)[ROWS], const char* const (&rows)[ROWS], u32 byte,
                                           bool exist) {
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) a[r] = load_unit<UNIT, CHECKED>(rows[r] + byte, exist, UNIT);
 }
 
-// Whether a sum is NaN; also if one is infinite, which costs no more than time.
+// Whether a sum is NaN.
 __device__ __forceinline__ bool any_nan(const Sums& sums) {
-  float zero = 0;
+  bool nan = false;
 #pragma unroll
-  for (int i = 0; i < N8 * 2 * 4; ++i) zero += 0 * sums[i / 8][i / 4 % 2][i % 4];
-  return zero != 0;
+  for (int j = 0; j < N8; ++j) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (const float sum : sums[j][half]) nan |= isnan(sum);
+    }
+  }
+  return nan;
 }
 
 // Unit u of row r of a tile's sums, zeros from column `left` on.
@@ -198,7 +201,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int offset_group = blockIdx.z, taps = g.taps();
   const bool dots_wanted = CORNERS == 4 && grad_offset;
 
-  const int lane = threadIdx.x % 32, t = lane % 4, row = threadIdx.x - lane + lane / 4;
+  const int thread = threadIdx.x, lane = thread % 32, t = lane % 4;
+  const int warp_row = thread - lane, row = warp_row + lane / 4;
   const int own_unit = t & ((1 << l.lane_bits) - 1), own_sample = t >> l.lane_bits;
   const SamplePlan* const own_plan = plan + own_sample * TILE_M + row;
   const int run_bytes = l.run * sizeof(T);
@@ -213,11 +217,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int64 first_step = static_cast<int64>(offset_group * l.slots + first_slot) *
                            l.rows_shared * l.chunks * l.steps;
   for (bool corrected = true;; corrected = false) {
-    const Unit* weights = packed + first_step * STAGE + threadIdx.x;
+    const Unit* weights = packed + first_step * STAGE + thread;
     const auto fetch = [&](int stage) {
 #pragma unroll
       for (int i = 0; i < STAGE; i += THREADS) {
-        cp_async<16>(ring + stage + threadIdx.x + i, weights + i);
+        cp_async<16>(ring + stage + thread + i, weights + i);
       }
       cp_async_commit();
       weights += STAGE;
@@ -227,89 +231,89 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     int stage = 0;  // of the ring
     fetch(stage);
     for (int slot = first_slot; slot < last_slot; ++slot) {
-      bool inside = rows >= TILE_M && (slot + 1) * l.samples <= taps;  // all samples of the warp
+      // all samples of the warp, and all of their corners
+      bool inside = warp_row + 32 <= rows && (slot + 1) * l.samples <= taps;
       if (dots_wanted) {
-        inside = plan_slot(g, l, places, first_position + threadIdx.x, threadIdx.x < rows,
-                           slot * l.samples, offset_group, plan + threadIdx.x);
+        inside &= plan_slot(g, l, places, first_position + min(thread, rows - 1), slot * l.samples,
+                            offset_group, plan + thread);
       }
       const int tap = slot * l.samples + own_sample;
       A dots[ROWS][4] = {};
-      for (int tile = 0; tile < l.rows_shared * l.chunks; ++tile) {
-        const int run = tile / l.chunks, chunk = tile - run * l.chunks;
+      for (int run = 0; run < l.rows_shared; ++run) {
         const int image_row = offset_group * l.rows_shared + run, group = image_row / l.runs;
-
-        Sums sums = {};
+        for (int chunk = 0; chunk < l.chunks; ++chunk) {
+          Sums sums = {};
 #pragma unroll
-        for (int i = 0; i < TOTALS; i += THREADS) totals[threadIdx.x + i] = {};
-        int byte = group * l.out_units * 16, units_left = l.out_units;  // of the next step
-        Unit next[ROWS];
-        const auto load_next = [&] {
-          if (units_left >= 4) {
-            load_rows<false>(next, own_rows, byte, true);
-          } else {
-            load_rows<true>(next, own_rows, byte, t < units_left);
-          }
-          byte += 64;
-          units_left -= 4;
-        };
-        load_next();
-        for (int left = l.steps; left > 0; --left) {
-          Unit a[ROWS];
-#pragma unroll
-          for (int r = 0; r < ROWS; ++r) a[r] = moved(next[r]);
+          for (int i = 0; i < TOTALS; i += THREADS) totals[thread + i] = {};
+          u32 byte = group * l.out_units * sizeof(Unit);  // of the next step
+          int units_left = l.out_units;
+          Unit next[ROWS];
+          const auto load_next = [&] {
+            if (units_left >= 4) {
+              load_rows<false>(next, own_rows, byte, true);
+            } else {
+              load_rows<true>(next, own_rows, byte, t < units_left);
+            }
+            byte += 64;
+            units_left -= 4;
+          };
           load_next();
-          cp_async_wait<0>();
-          __syncthreads();
-          fetch(stage ^ STAGE);
-          if (TERMS == 1 || corrected) {
-            multiply_step<true>(sums, a, ring + stage + lane, TILE_N);
-          } else {
-            multiply_step<false>(sums, a, ring + stage + lane, TILE_N);
+          for (int left = l.steps; left > 0; --left) {
+            Unit a[ROWS];
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) a[r] = moved(next[r]);
+            load_next();
+            cp_async_wait<0>();
+            __syncthreads();
+            fetch(stage ^ STAGE);
+            if (corrected) {
+              multiply_step<true>(sums, a, ring + stage + lane, TILE_N);
+            } else {
+              multiply_step<false>(sums, a, ring + stage + lane, TILE_N);
+            }
+            if (TERMS == 3 && left % CHAIN == 0) promote<false, THREADS>(sums, totals + thread);
+            stage ^= STAGE;
           }
-          if (TERMS == 3 && left % CHAIN == 0) promote<false, THREADS>(sums, totals + threadIdx.x);
-          stage ^= STAGE;
-        }
-        if constexpr (TERMS == 3) {
-          promote<true, THREADS>(sums, totals + threadIdx.x);
-          nan |= any_nan(sums);
-        }
+          if constexpr (TERMS == 3) {
+            promote<true, THREADS>(sums, totals + thread);
+            nan |= any_nan(sums);
+          }
 
-        const int first_unit = (chunk * UNITS << l.lane_bits) + own_unit;
-        const int channel = image_row * l.run + first_unit * UNIT;
-        const int channels_left = l.run - first_unit * UNIT;
-        const char* const pixels = reinterpret_cast<const char*>(image + channel);
-        T* const columns = grad_columns + column_offset(g, count, tile_row + row, tap, channel);
-        const auto use = [&](const bool whole) {  // a run of whole units, and all samples inside
+          const T* const pixels = image + image_row * l.run;
+          T* const columns =
+              grad_columns + column_offset(g, count, tile_row + row, tap, image_row * l.run);
+          const auto use = [&](const bool whole) {  // a run of whole units, and all samples inside
 #pragma unroll
-          for (int u = 0; u < UNITS; ++u) {
-            const int first_channel = u * UNIT << l.lane_bits;
-            const int left = whole ? UNIT : channels_left - first_channel;
+            for (int u = 0; u < UNITS; ++u) {
+              const int channel = (((chunk * UNITS + u) << l.lane_bits) + own_unit) * UNIT;
+              const int left = whole ? UNIT : l.run - channel;
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r) {
-              // as a branch, it also keeps the loads of too many corners apart
-              if (r % 2 == 0 && first_channel >= channels_left) break;
-              float value[UNIT];
-              take(value, sums, u, r, left);
-              if (dots_wanted) {
-                const char* const from = pixels + first_channel * sizeof(T);
-                const int(&pixel)[4] = own_plan[8 * r].pixel;
-                if (whole) {
-                  add_dots<false>(dots[r], value, pixel, from, run_bytes, left);
-                } else {
-                  add_dots<true>(dots[r], value, pixel, from, run_bytes, left);
+              for (int r = 0; r < ROWS; ++r) {
+                // as a branch, it also keeps the loads of too many corners apart
+                if (channel >= l.run) break;
+                float value[UNIT];
+                take(value, sums, u, r, left);
+                if (dots_wanted) {
+                  const char* const from = reinterpret_cast<const char*>(pixels + channel);
+                  const int(&pixel)[4] = own_plan[8 * r].pixel;
+                  if (whole) {
+                    add_dots<false>(dots[r], value, pixel, from, run_bytes, left);
+                  } else {
+                    add_dots<true>(dots[r], value, pixel, from, run_bytes, left);
+                  }
+                }
+                if (grad_columns && (whole || (row + 8 * r < rows && tap < taps))) {
+                  store_unit(columns + 8 * r * column_step + channel, value, left,
+                             whole || corrected);
                 }
               }
-              if (grad_columns && (whole || (row + 8 * r < rows && tap < taps))) {
-                store_unit(columns + 8 * r * column_step + first_channel, value, left,
-                           whole || corrected);
-              }
             }
+          };
+          if (VEC == UNIT && TERMS != 3 && inside) {  // three terms leave no registers for it
+            use(true);
+          } else {
+            use(false);
           }
-        };
-        if (VEC == UNIT && TERMS == 1 && inside) {  // three terms leave no registers for it
-          use(true);
-        } else {
-          use(false);
         }
       }
 
@@ -337,6 +341,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
 
     cp_async_wait<0>();
-    if (TERMS == 1 || !corrected || !any_of_block(nan)) break;
+    if (TERMS != 3 || !corrected || !any_of_block(nan)) break;
   }
 }
