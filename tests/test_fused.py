@@ -119,6 +119,7 @@ SHAPES = {
     "channels end within a load": {"c": 7, "o": 7},
     "channels end within a unit": {"c": 30, "o": 31},
     "channels end within a step": {"c": 40, "o": 57},
+    "more channels than a tile of columns": {"c": 72, "o": 12},
     "two tiles of output channels": {"c": 8, "o": 130},
     "a last tile with one output channel": {"c": 8, "o": 129, "kernel": (1, 2)},
     "groups": {"c": 24, "groups": 2, "o": 20},
