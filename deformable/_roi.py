@@ -679,7 +679,7 @@ def _rows_plan(
     depth = c // (groups * classes)
     rows = n * h * w * groups * classes, pitch
     step_n, step_c, step_y, step_x = strides
-    split = as_strided(
+    split = as_strided(  # never read: how it lies is what matters
         np.empty((), given),
         (n, h, w, groups, classes, depth),
         (step_n, step_y, step_x, step_c, depth * groups * step_c, groups * step_c),

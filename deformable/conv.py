@@ -459,12 +459,13 @@ class Chunk(NamedTuple):
 
 def chunks(g: ConvGeometry, tap_bytes: int) -> tuple[Chunk, ...]:
     """All positions; a chunk takes ``CHUNK_BYTES`` where a tap of one takes ``tap_bytes``."""
-    return _chunks(g, max(1, CHUNK_BYTES // (g.taps * tap_bytes)))
+    return _chunks(g, tap_bytes, CHUNK_BYTES)
 
 
 @functools.lru_cache(maxsize=CALLS)
-def _chunks(g: ConvGeometry, step: int) -> tuple[Chunk, ...]:
+def _chunks(g: ConvGeometry, tap_bytes: int, limit: int) -> tuple[Chunk, ...]:
     total, depth = g.batch * g.positions, g.taps * (g.channels // g.groups)
+    step = max(1, limit // (g.taps * tap_bytes))
     counts = ((first, min(step, total - first)) for first in range(0, total, step))
     return tuple(Chunk(first, count, (g.groups, count, depth)) for first, count in counts)
 

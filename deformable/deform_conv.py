@@ -224,21 +224,18 @@ def _geometry(function, grid, signature):
     return g._replace(offset_groups=offset_groups)
 
 
-def _gradients(
-    g, x, offset, mask, wanted, grad_image, grad_offset, grad_weight, grad_rows, grad_mask
-):
-    """The wanted gradients, each in the dtype and the shape of its array."""
+def _gradients(x, offset, mask, wanted, grad_image, grad_offset, grad_weight, grad_rows, grad_mask):
+    """The wanted gradients, each in the dtype of its array."""
 
-    def per_position(grad, like):
-        image = grad.reshape(g.batch, g.out_height, g.out_width, like.shape[1])
-        return channels_first(image.astype(like.dtype, copy=False))
+    def gradient(of, grad, like):
+        return channels_first(grad.astype(like.dtype, copy=False)) if of in wanted else None
 
     return DeformConv2dGradients(
-        x=channels_first(grad_image.astype(x.dtype, copy=False)) if "x" in wanted else None,
-        offset=per_position(grad_offset, offset) if "offset" in wanted else None,
+        x=gradient("x", grad_image, x),
+        offset=gradient("offset", grad_offset, offset),
         weight=grad_weight if "weight" in wanted else None,
         bias=bias_gradient(grad_rows, x.dtype) if "bias" in wanted else None,
-        mask=per_position(grad_mask, mask) if "mask" in wanted else None,
+        mask=gradient("mask", grad_mask, mask),
     )
 
 
@@ -348,7 +345,10 @@ def _numpy_backward(g, grad_y, x, offset, weight, mask, wanted):
         grad_weight[..., taps] = unpacked(grad_packed, g)
     inside = without_border(grad_image).astype(x.dtype) if "x" in wanted else None
     grad_weight = grad_weight.reshape(weight.shape)
-    return _gradients(g, x, offset, mask, wanted, inside, grad_offset, grad_weight, grad, grad_mask)
+    size = (g.batch, g.out_height, g.out_width)
+    grad_offset = grad_offset.reshape(*size, offset.shape[1])
+    grad_mask = grad_mask.reshape(*size, g.offset_groups * g.taps)
+    return _gradients(x, offset, mask, wanted, inside, grad_offset, grad_weight, grad, grad_mask)
 
 
 # ---- CUDA: cuda/deform_conv.cu, and cuda/fused_conv.cu where there are tensor cores
@@ -382,7 +382,7 @@ def _cuda_backward(g, grad_y, x, offset, weight, mask, wanted):
         grad = gradient_rows(grad_y, g, x.dtype)
         run = _fused_gradients if _fused_backward.covers(g, x) else _column_gradients
         grads = run(g, grad, image, offset, weight, mask, wanted)
-        return _gradients(g, x, offset, mask, wanted, *grads)
+        return _gradients(x, offset, mask, wanted, *grads)
 
 
 def _fused_gradients(g, grad, image, offset, weight, mask, wanted):
@@ -395,10 +395,11 @@ def _fused_gradients(g, grad, image, offset, weight, mask, wanted):
         rows = _fused_backward.pack_rows(g, o, grad)
     if "weight" in wanted:
         grad_weight = _fused_backward.weight_gradient(g, o, rows, image, weight, offset, mask)
+    size = (g.batch, g.out_height, g.out_width)
     if of_samples:
-        grad_offset = xp.empty((len(grad), offset.shape[1]), offset.dtype)
+        grad_offset = xp.empty((*size, offset.shape[1]), offset.dtype)
     if "mask" in wanted:
-        grad_mask = xp.empty((len(grad), mask.shape[1]), mask.dtype)
+        grad_mask = xp.empty((*size, mask.shape[1]), mask.dtype)
     if "x" in wanted or of_samples:
         given = rows, image, offset, mask, _fused_backward.pack_weights(g, o, weight)
     if "x" in wanted:

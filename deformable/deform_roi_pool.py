@@ -14,7 +14,7 @@ matrix with the hats along that axis replaced by their derivatives.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -447,18 +447,24 @@ def _cuda_backward(function, g, rule, grad_y, x, rois, offset, mask, wanted):
             along = xp.empty((g.rows, 3), dtype)
             launch = bins_launch("deform_roi_pool.cu", "offset_gradient", wide, (image, grad), rule)
             launch(image, grad, plan.runs, plan.images, masks, along)
+            sum_over_parts, sum_over_classes = _sums(g, rule, x.dtype)
         if "offset" in wanted:
             grad_offset = xp.empty(offset.shape, dtype)
-            _sum_launch(g, rule, x.dtype)(along, rois, grad_offset)
+            sum_over_parts(along, rois, grad_offset)
         if "mask" in wanted:
-            of_mask = along[:, 2].reshape(g.rois, g.pooled_h, g.pooled_w, g.classes)
-            grad_mask = of_mask.sum(axis=3)
+            grad_mask = xp.empty(mask.shape, dtype)
+            sum_over_classes(along, grad_mask)
         return _gradients(x, offset, mask, wanted, grad_image, grad_offset, grad_mask)
 
 
 @functools.lru_cache(maxsize=CALLS)
-def _sum_launch(g: RoIGeometry, rule: Rule, dtype: np.dtype) -> _cuda.Launch:
-    return _cuda.row_launch(
-        "deform_roi_pool.cu", "sum_over_parts", g.rois * g.classes * g.part_h * g.part_w, 1,
-        g, rule, **macros(g, dtype),
-    )  # fmt: skip
+def _sums(g: RoIGeometry, rule: Rule, dtype: np.dtype) -> tuple[_cuda.Launch, _cuda.Launch]:
+    """The launches that add up what bins give to each part of the offsets, and to each mask."""
+    kernel: Callable[..., _cuda.Launch] = functools.partial(
+        _cuda.row_launch, "deform_roi_pool.cu", **macros(g, dtype)
+    )
+    parts, masks = g.rois * g.classes * g.part_h * g.part_w, g.rois * g.pooled_h * g.pooled_w
+    return (
+        kernel("sum_over_parts", parts, 1, g, rule),
+        kernel("sum_over_classes", masks, 1, g),
+    )

@@ -97,3 +97,14 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   to[0] = static_cast<A>(sum_x * g.gamma * box.width);
   to[static_cast<int64>(g.part_h) * g.part_w] = static_cast<A>(sum_y * g.gamma * box.height);
 }
+
+// A thread sums up the gradients of the bins, one per class, that one element of the mask multiplies.
+extern "C" __global__ void __launch_bounds__(256, 2)
+    sum_over_classes(const A* __restrict__ along, A* __restrict__ grad_mask, const RoIGeometry g) {
+  const index_t i = static_cast<index_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (i >= g.rows() / g.classes) return;
+  const A* bin = along + 3 * static_cast<int64>(i) * g.classes;
+  A sum = 0;
+  for (int c = 0; c < g.classes; ++c) sum += bin[3 * c + 2];
+  grad_mask[i] = sum;
+}
