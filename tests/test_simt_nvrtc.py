@@ -1,5 +1,6 @@
 """The kernels compile for every GPU, without a driver: no warning, no register spilled."""
 
+import json
 import re
 
 import pytest
@@ -215,6 +216,14 @@ def test_report_has_a_row_per_kernel_and_tells_what_does_not_compile():
     assert all(3 <= cost <= 6 for cost in costs), "a load, a store, addresses for 4 elements"
     assert all(kernel in text for kernel in kernels)
     assert len(broken) == 1 and broken[0].startswith("conv.cu -DDTYPE=nothing: sm_")
+
+
+def test_report_forgets_kernels_whose_file_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "LAUNCHED", tmp_path / "launched.json")
+    variant = ["-DDTYPE=float"], {"im2col": 0}
+    report.LAUNCHED.write_text(json.dumps([["conv.cu", *variant], ["gone.cu", *variant]]))
+    report.remember([])
+    assert [file for file, *_ in json.loads(report.LAUNCHED.read_text())] == ["conv.cu"]
 
 
 # ---- every variant that the tests of this session have launched: runs last, see conftest.py

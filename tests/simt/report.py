@@ -20,8 +20,9 @@ import json
 import sys
 
 from tests.simt import nvrtc
-from tests.simt.build import CACHE
+from tests.simt.build import CACHE, HERE
 
+KERNELS = HERE.parents[1] / "deformable" / "cuda"
 LAUNCHED = CACHE / "launched.json"
 BYTES = {"__half": 2, "__nv_bfloat16": 2, "float": 4, "double": 8}
 
@@ -39,10 +40,13 @@ def remember(modules):
 
 
 def _remembered():
-    """{(file, options): {kernel: bytes of dynamic shared memory}}."""
+    """{(file, options): {kernel: bytes of dynamic shared memory}}, of files that still exist."""
     with contextlib.suppress(FileNotFoundError):
-        known = json.loads(LAUNCHED.read_text())
-        return {(file, tuple(options)): shared for file, options, shared in known}
+        return {
+            (file, tuple(options)): shared
+            for file, options, shared in json.loads(LAUNCHED.read_text())
+            if (KERNELS / file).exists()
+        }
     return {}
 
 
