@@ -2,6 +2,8 @@
 #pragma once
 #include "vector.cuh"
 
+constexpr int OUTSIDE = -1;  // instead of a pixel
+
 struct Sample {
   int y, x;     // the upper left one of four corners
   bool inside;  // of [-1, height) x [-1, width); otherwise no corner is a pixel
@@ -25,11 +27,11 @@ __device__ __forceinline__ A corner_weight(const Sample& s, int corner) {
   return (corner & 2 ? s.ly : 1 - s.ly) * (corner & 1 ? s.lx : 1 - s.lx) * s.scale;
 }
 
-// The corner's pixel within the image, or -1 where it lies outside and counts as zero.
+// The corner's pixel within the image, or OUTSIDE, where it counts as zero.
 __device__ __forceinline__ index_t corner_pixel(const Sample& s, int corner, int height, int width) {
   const int y = s.y + (corner >> 1), x = s.x + (corner & 1);
   const bool inside = s.inside && y >= 0 && y < height && x >= 0 && x < width;
-  return inside ? static_cast<index_t>(y) * width + x : -1;
+  return inside ? static_cast<index_t>(y) * width + x : OUTSIDE;
 }
 
 // Gradients of the position and of the mask from the products <corner pixel, gradient of sample>.

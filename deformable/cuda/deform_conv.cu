@@ -53,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(256, 4)
     for (int corner = 0; corner < 4; ++corner) {
       const index_t pixel = corner_pixel(s, corner, g.height, g.width);
       const int64 base = static_cast<int64>(n) * g.height * g.width;
-      plans[i].pixel[corner] = pixel < 0 ? -1 : (base + pixel) * g.channels;
+      plans[i].pixel[corner] = pixel < 0 ? OUTSIDE : (base + pixel) * g.channels;
       plans[i].weight[corner] = corner_weight(s, corner);
     }
   }

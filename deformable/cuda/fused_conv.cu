@@ -81,7 +81,7 @@ __device__ __forceinline__ Step next_chunk(const Layout& l, const Step& at) {
 
 // A sample of a group of weights: a tap of a run.
 struct alignas(16) SampleId {
-  int row;          // of the pixel's runs; -1: none, a slot has room left
+  int row;          // of the pixel's runs; OUTSIDE: none, a slot has room left
   int dy, dx;       // of the tap, in pixels
   int offset_group_and_tap;
 };
@@ -97,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(256)
   if (i < g.groups * samples_of_group) {
     const int group = i / samples_of_group, sample = i - group * samples_of_group;
     const int run = sample / g.taps(), tap = sample - run * g.taps(), row = group * l.runs + run;
-    samples[i] = {run < l.runs ? row : -1, tap / g.kernel_w * g.dilation_h,
+    samples[i] = {run < l.runs ? row : OUTSIDE, tap / g.kernel_w * g.dilation_h,
                   tap % g.kernel_w * g.dilation_w, row / l.rows_shared * g.taps() + tap};
   }
   if (i >= units) return;
@@ -152,12 +152,12 @@ __device__ __forceinline__ u32 plan_slots(const ConvGeometry& g, const Layout& l
     bool all = true;
 #pragma unroll
     for (int corner = 0; corner < CORNERS; ++corner) {
-      const int pixel = sample.row >= 0 ? rows.corner[corner] : -1;
+      const int pixel = sample.row >= 0 ? rows.corner[corner] : OUTSIDE;
       all &= pixel >= 0;
-      rows.corner[corner] = pixel < 0 ? -1 : pixel * l.rows + sample.row;
+      rows.corner[corner] = pixel < 0 ? OUTSIDE : pixel * l.rows + sample.row;
     }
     own[n * SAMPLE].rows = rows;
-    if (CORNERS > 1) own[n * SAMPLE + TILE_M].weights = weights;
+    if (CORNERS == 4) own[n * SAMPLE + TILE_M].weights = weights;
     if (!__all_sync(0xffffffffu, all)) inside &= ~(1u << (n << l.lane_bits) / 4);
   }
   __syncwarp();
@@ -185,15 +185,15 @@ typedef float Sums[N8][2][4];  // of an n8 tile with 16 rows, twice
 __device__ __forceinline__ bool store(OUT* __restrict__ y, const T* __restrict__ bias,
                                       const Sums& sums, int position, int positions, int channels,
                                       int first, int last, bool all) {
-  constexpr int PART = 16 / sizeof(OUT);
-  struct alignas(16) Part {
+  constexpr int PART = sizeof(Unit) / sizeof(OUT);
+  struct alignas(Unit) Part {
     OUT value[PART];
   };
   const bool whole = all && channels % PART == 0 && first % PART == 0;
   bool nan = false;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    if (position + 8 * r >= positions) continue;
+    if (position + 8 * r >= positions) break;
     OUT* const line = y + static_cast<int64>(position + 8 * r) * channels;
 #pragma unroll
     for (int j = 0; j < N8; j += SPAN) {
@@ -239,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int positions = g.batch * g.positions(), first_position = blockIdx.x * TILE_M;
   const int group = blockIdx.y / l.tiles, tile = blockIdx.y - group * l.tiles;
   const int begin = blockIdx.z * l.split, first_step = blockIdx.y * l.steps + begin;
-  const int steps = min(l.split, l.steps - begin);
+  const int steps = min(l.split, l.steps - begin), outs = l.outs - tile * TILE_N;
 
   const int lane = threadIdx.x, warp = threadIdx.y, t = lane % 4;
   const int thread = 32 * warp + lane, row = 32 * warp + lane / 4;
@@ -263,11 +263,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
     Step at = step_at(l, begin);     // the first one of the next chunk
     int planned_slot = -1;           // the first one of the plan
-    u32 planned = 0;                 // a bit for each of its slots: all corners lie inside
-    const Cell* sample = nullptr;    // of the lane in this step
-    const char* channels = nullptr;  // of the lane in this chunk
-    int slots = 0, channels_left = 0;
-    u32 inside = 0;  // a bit for each of the slots that are left: nothing to check
+    int slots = 0;                   // that are left of the chunk
+    u32 planned, inside;             // a bit for each slot of the plan, of the chunk: nothing to check
+    const Cell* sample;              // of the lane in this step
+    const char* channels;            // of the lane in this chunk
+    int channels_left;
     Unit seen[ROWS][CORNERS];
     const auto gather_next = [&]() {
       if (slots == 0) {
@@ -310,9 +310,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       __syncthreads();
       fetch(stage ^ STAGE);
       if (corrected) {
-        multiply_step<true>(sums, a, ring + stage, l.outs - tile * TILE_N);
+        multiply_step<true>(sums, a, ring + stage, outs);
       } else {
-        multiply_step<false>(sums, a, ring + stage, l.outs - tile * TILE_N);
+        multiply_step<false>(sums, a, ring + stage, outs);
       }
       if (TERMS == 3 && left % CHAIN == 0) promote<false, THREADS>(sums, totals + thread);
       stage ^= STAGE;
@@ -324,7 +324,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const bool nan = store(y + static_cast<int64>(blockIdx.z) * positions * g.out_channels, bias,
                            sums, first_position + row, positions, g.out_channels,
                            first + t * UNIT, (group + 1) * l.outs, corrected);
-    if (TERMS == 1 || !corrected || !any_of_block(nan)) break;
+    if (TERMS != 3 || !corrected || !any_of_block(nan)) break;
   }
 }
 

@@ -13,7 +13,7 @@ struct Strides {  // of an array of four axes, in elements
   }
 };
 
-// The corners' pixels, counted through the batch; -1: outside, the corner is zero.
+// The corners' pixels, counted through the batch, or OUTSIDE: the corner is zero.
 struct alignas(CORNERS * sizeof(int)) Pixels {
   int corner[CORNERS];
 };
@@ -51,14 +51,14 @@ __device__ __forceinline__ void plan_sample(const ConvGeometry& g, const Places&
     const Tap first = regular_tap(g, out, 0, 0);
     const int y = first.y + dy, x = first.x + dx;
     const bool inside = y >= 0 && y < g.height && x >= 0 && x < g.width;
-    pixels.corner[0] = inside ? image + y * g.width + x : -1;
+    pixels.corner[0] = inside ? image + y * g.width + x : OUTSIDE;
     weights.corner[0] = 1;
   } else {
     const Sample s = offset_sample(g, places, out, dy, dx, sample);
 #pragma unroll
     for (int corner = 0; corner < CORNERS; ++corner) {
       const index_t pixel = corner_pixel(s, corner, g.height, g.width);
-      pixels.corner[corner] = pixel < 0 ? -1 : image + pixel;
+      pixels.corner[corner] = pixel < 0 ? OUTSIDE : image + pixel;
       weights.corner[corner] = corner_weight(s, corner);
     }
   }

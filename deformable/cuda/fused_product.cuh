@@ -6,9 +6,9 @@
 #include "fused_plan.cuh"
 #include "ptx.cuh"
 
-constexpr int UNIT = 16 / sizeof(T);  // channels that a lane holds of a row
-constexpr int ROWS = 4;               // of a lane: q, q + 8, q + 16, q + 24
-constexpr int SPAN = UNIT / 2;        // n8 tiles of which a lane's sums are consecutive output channels
+constexpr int UNIT = sizeof(uint4) / sizeof(T);  // channels that a lane holds of a row
+constexpr int ROWS = 4;                          // of a lane: q, q + 8, q + 16, q + 24
+constexpr int SPAN = UNIT / 2;                   // n8 tiles over which its consecutive sums lie
 
 // Column c of n8 tile j is this output channel of the tile.
 __device__ __forceinline__ int out_channel(int j, int c) {
