@@ -189,7 +189,7 @@ __device__ __forceinline__ bool store(OUT* __restrict__ y, const T* __restrict__
   struct alignas(Unit) Part {
     OUT value[PART];
   };
-  const bool whole = all && channels % PART == 0 && first % PART == 0;
+  const bool whole = all && (channels | first) % PART == 0;  // PART is a power of two
   bool nan = false;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
