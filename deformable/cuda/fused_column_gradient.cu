@@ -111,8 +111,7 @@ __device__ __forceinline__ bool plan_slot(const ConvGeometry& g, const Layout& l
     }
     own[n * TILE_M] = p;
   }
-  __syncwarp();
-  return __all_sync(0xffffffffu, inside);
+  return __all_sync(0xffffffffu, inside);  // read behind the barriers of a product
 }
 
 typedef float Sums[N8][2][4];  // of an n8 tile with 16 rows, twice
@@ -133,7 +132,7 @@ __device__ __forceinline__ bool any_nan(const Sums& sums) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (const float sum : sums[j][half]) nan |= isnan(sum);
+      for (int i = 0; i < 4; ++i) nan |= isnan(sums[j][half][i]);
     }
   }
   return nan;
