@@ -85,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(256)
 // ---- the gradients
 
 struct alignas(16) SamplePlan {
-  int pixel[4];  // its runs' first row; -1: outside
+  int pixel[4];  // its runs' first row, or OUTSIDE
   A ly, lx, scale;
 };
 
@@ -106,7 +106,7 @@ __device__ __forceinline__ bool plan_slot(const ConvGeometry& g, const Layout& l
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
       const int pixel = corner_pixel(s, corner, g.height, g.width);
-      p.pixel[corner] = pixel < 0 ? -1 : (out.image * g.height * g.width + pixel) * l.rows;
+      p.pixel[corner] = pixel < 0 ? OUTSIDE : (out.image * g.height * g.width + pixel) * l.rows;
       inside &= pixel >= 0;
     }
     own[n * TILE_M] = p;

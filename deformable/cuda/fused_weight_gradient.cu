@@ -80,7 +80,7 @@ __device__ __forceinline__ void plan_samples(const ConvGeometry& g, const Layout
 #pragma unroll
     for (int corner = 0; corner < CORNERS; ++corner) {
       int& pixel = p.rows.corner[corner];
-      pixel = exists && pixel >= 0 ? pixel * l.rows + row : -1;
+      pixel = exists && pixel >= 0 ? pixel * l.rows + row : OUTSIDE;
     }
     plan[i] = p;
   }
