@@ -107,7 +107,7 @@ __device__ __forceinline__ bool plan_slot(const ConvGeometry& g, const Layout& l
     for (int corner = 0; corner < 4; ++corner) {
       const int pixel = corner_pixel(s, corner, g.height, g.width);
       p.pixel[corner] = pixel < 0 ? OUTSIDE : (out.image * g.height * g.width + pixel) * l.rows;
-      inside &= pixel >= 0;
+      inside &= pixel != OUTSIDE;
     }
     own[n * TILE_M] = p;
   }
@@ -327,7 +327,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           }
           if (own_unit || row + 8 * r >= rows || tap >= taps) continue;
           const SamplePlan& p = own_plan[8 * r];
-          const SampleGradient grad = sample_gradient({0, 0, true, p.ly, p.lx, p.scale}, dots[r]);
+          Sample sample = {};
+          sample.ly = p.ly, sample.lx = p.lx, sample.scale = p.scale;
+          const SampleGradient grad = sample_gradient(sample, dots[r]);
           const int64 position = first_position + row + 8 * r;
           const int64 to = (position * g.offset_groups + offset_group) * taps + tap;
           if (corrected || isinf(grad.y)) grad_offset[2 * to] = static_cast<OFFSET>(grad.y);
