@@ -343,7 +343,7 @@ def test_an_infinity_leaves_the_weights_of_other_output_channels_as_they_are(ord
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_is_outside_is_never_seen(precision, order):
     dtype, mode = PRECISIONS[precision]
-    arrays, keywords = random_case(dtype, c=24, o=8)
+    arrays, keywords = random_case(dtype, c=24, h=8, w=8, o=8)
     arrays["offset"][:] = -50
     arrays = with_gradient(deform_conv2d, arrays, keywords)
     arrays["x"][:] = np.inf
