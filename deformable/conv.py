@@ -37,6 +37,7 @@ from deformable._array import (
 
 BLOCK_BYTES = 3 << 19  # of columns alive on the CPU: about what the caches of a core hold
 LEAST_ROWS = 1024  # of a product on the CPU
+SUM_BLOCK = 32, 8  # columns, and rows at a time, of a block of cuda/bias_gradient.cu
 # What a block frees, the next one takes again. The C library returns it to the system in between,
 # and page faults cost up to a third of the time, until a larger array has been freed once: one just
 # below the 32 MiB up to which the library learns from it.
@@ -570,11 +571,11 @@ def _bias_plan(
     """The launches that add up rows, about as many parts as a part has rows, and then the parts."""
     rows, columns = shape
     split = max(1, math.isqrt(rows))
-    parts, strips = max(1, -(-rows // split)), -(-columns // 32)
-    sums, block = compute_dtype(dtype), (32, 8)
+    parts, strips = max(1, -(-rows // split)), -(-columns // SUM_BLOCK[0])
+    sums = compute_dtype(dtype)
     kernel = functools.partial(_cuda.Launch, "bias_gradient.cu", "sum_rows", INDEX="int", VEC=1)
     return (
         (parts, columns),
-        kernel((strips, parts), block, rows, columns, split, DTYPE=dtype, OUT=sums),
-        kernel((strips, 1), block, parts, columns, parts, DTYPE=sums, OUT=dtype),
+        kernel((strips, parts), SUM_BLOCK, rows, columns, split, DTYPE=dtype, OUT=sums),
+        kernel((strips, 1), SUM_BLOCK, parts, columns, parts, DTYPE=sums, OUT=dtype),
     )
