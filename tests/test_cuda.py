@@ -1,5 +1,7 @@
 """The launch and product helpers of _cuda.py, against NumPy, in simulation or on a GPU."""
 
+import collections
+
 import numpy as np
 import pytest
 
@@ -115,6 +117,16 @@ def test_a_launch_with_less_shared_memory_takes_none_from_others(xp, monkeypatch
         assert host(xp, out)[0] == 31
     kernel = _cuda._kernel("probe.cu", "probe", (), xp.cuda.runtime.getDevice())
     assert kernel.max_dynamic_shared_size_bytes >= 60 << 10
+
+
+def test_cupy_finds_a_value_at_once():
+    """Where a struct lies, NumPy works out anew every time, together with all of its fields."""
+    geometry = collections.namedtuple("Geometry", ["count", "scale"])(3, 0.5)
+    launch = _cuda.Launch("any.cu", "any", (1,), (32,), geometry, 7)
+    value, number = launch.values
+    assert value.__array_interface__ is value.__array_interface__
+    assert value.__array_interface__["data"][0] == value.ctypes.data
+    assert (value["count"], value["scale"], number) == (3, 0.5, 7)
 
 
 # ---- what is kept of a call serves the next one, if that is of its kind

@@ -200,6 +200,15 @@ def test_plans_fit_into_the_shared_memory(shared, sizes, order, monkeypatch):
     check(deform_conv2d, *random_case(np.float16, o=10, **sizes))
 
 
+def test_48_kib_of_shared_memory_are_too_much_without_leave(order, monkeypatch):
+    """Static arrays come on top of them."""
+    resources = 132, 228 << 10
+    monkeypatch.setattr(_fused, "resources", lambda device: resources)
+    sizes = {"c": 32, "kernel": (2, 11), "padding": (1, 5)}
+    assert _fused.variant(geometry(np.float16, **sizes), 2, 1, 4, *resources).shared == 48 << 10
+    check(deform_conv2d, *random_case(np.float16, **sizes))
+
+
 @pytest.mark.parametrize("sizes", [{}, {"c": 256, "o": 512, "n": 8}, {"c": 4, "groups": 2}])
 @pytest.mark.parametrize("shared", [100 << 10, 164 << 10, 228 << 10])
 def test_the_blocks_of_a_multiprocessor_share_its_memory(sizes, shared):

@@ -316,8 +316,29 @@ def test_dynamic_shared_memory_can_be_raised_to_what_the_gpu_has():
     kernel.max_dynamic_shared_size_bytes = size
     kernel((1,), (1,), (y, np.int32(size // 4)), shared_mem=size)
     assert y.get() == 3
-    with pytest.raises(SimtError, match="232449 bytes of shared memory, 232448 exist"):
+    with pytest.raises(SimtError, match=r"232449 bytes of .*, there is room for 232448"):
         kernel.max_dynamic_shared_size_bytes = 232449
+
+
+def test_static_shared_memory_takes_its_part_of_what_there_is():
+    code = (
+        PTX
+        + """
+    extern "C" __global__ void k(float* y) {
+      __shared__ float own[256];
+      DYN_SHARED(float, s);
+      own[0] = s[0] = y[0];
+      y[1] = own[0] + s[0];
+    }"""
+    )
+    kernel = cupy.RawModule(code=code).get_function("k")
+    y = cupy.ones(2, "f")
+    kernel((1,), (1,), (y,), shared_mem=47 << 10)
+    with pytest.raises(SimtError, match=r"48129 bytes of dynamic shared memory, .* is 48128"):
+        kernel((1,), (1,), (y,), shared_mem=(47 << 10) + 1)
+    kernel.max_dynamic_shared_size_bytes = 226 << 10
+    with pytest.raises(SimtError, match=r"231425 bytes of .*, there is room for 231424"):
+        kernel.max_dynamic_shared_size_bytes = (226 << 10) + 1
 
 
 def test_source_errors_are_those_of_the_compiler():

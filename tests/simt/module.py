@@ -195,7 +195,8 @@ class Kernel:
         self.module, self.name = module, entry.name
         self.max_threads_per_block = description.max_threads
         self._call = description.call
-        self._max_dynamic_shared = 48 << 10
+        self._static_shared = module.end - module.bss
+        self._max_dynamic_shared = (48 << 10) - self._static_shared
         self.parameters = [
             Parameter(name, p.dtype.decode(), p.size, p.pointer.decode().strip("\0"), _members(p))
             for (_, name), p in zip(
@@ -209,8 +210,9 @@ class Kernel:
 
     @max_dynamic_shared_size_bytes.setter
     def max_dynamic_shared_size_bytes(self, size):
-        if not 0 <= size <= SHARED_LIMIT:
-            raise SimtError(f"{self.name}: {size} bytes of shared memory, {SHARED_LIMIT} exist")
+        room = SHARED_LIMIT - self._static_shared
+        if not 0 <= size <= room:
+            raise SimtError(f"{self.name}: {size} bytes of shared memory, there is room for {room}")
         self._max_dynamic_shared = size
 
     def __call__(self, grid, block, args, *, shared_mem=0):
