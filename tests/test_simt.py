@@ -327,8 +327,8 @@ def test_static_shared_memory_takes_its_part_of_what_there_is():
     extern "C" __global__ void k(float* y) {
       __shared__ float own[256];
       DYN_SHARED(float, s);
-      own[0] = s[0] = y[0];
-      y[1] = own[0] + s[0];
+      own[threadIdx.x] = s[0] = y[0];
+      y[1] = own[threadIdx.x] + s[0];
     }"""
     )
     kernel = cupy.RawModule(code=code).get_function("k")
