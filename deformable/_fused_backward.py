@@ -232,7 +232,7 @@ def column_variant(
     parts = max(1, min(slots, 8 * processors // max(1, tiles)))
     split = -(-slots // parts)
     stage = tile_n * 4 * (2 if terms == 3 else 1)
-    totals = tile_n * TILE_M * 4 if terms == 3 else 0
+    totals = (tile_n + 16) * TILE_M * 4 if terms == 3 else 0  # of columns, and dots
     return ColumnVariant(
         tile_n=tile_n,
         grid=(-(-count // TILE_M), -(-slots // split), g.offset_groups),

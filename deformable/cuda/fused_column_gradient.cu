@@ -33,7 +33,9 @@ constexpr int N8 = TILE_N / 8;
 constexpr int UNITS = TILE_N / (4 * UNIT);              // of a lane
 constexpr int STAGE = N8 * 32 * (TERMS == 3 ? 2 : 1);   // units of weights in a step
 constexpr int CHAIN = 4;                                // steps, as in fused_conv.cu
+constexpr u32 STEP_BYTES = 4 * sizeof(Unit);            // of a row of grad_y
 constexpr int TOTALS = TERMS == 3 ? 2 * N8 * THREADS : 0;  // of four sums each
+constexpr int KEPT = TERMS == 3 && CORNERS == 4 ? ROWS * THREADS : 0;  // dots, during a product
 constexpr int BLOCKS = 2;  // of a multiprocessor: registers
 
 struct Layout {
@@ -168,12 +170,13 @@ __device__ __forceinline__ void store_unit(T* to, const float (&value)[UNIT], in
     if (v >= left) continue;
     Pack<T> part;
 #pragma unroll
-    for (int e = 0; e < VEC; ++e) {
-      part.value[e] = static_cast<T>(value[v + e]);
-      if (!all && isinf(value[v + e])) to[v + e] = part.value[e];
-    }
-    if (!all) continue;
-    if constexpr (VEC == UNIT) {  // the compiler makes four stores of one of a struct
+    for (int e = 0; e < VEC; ++e) part.value[e] = static_cast<T>(value[v + e]);
+    if (!all) {
+#pragma unroll
+      for (int e = 0; e < VEC; ++e) {
+        if (isinf(value[v + e])) to[v + e] = part.value[e];
+      }
+    } else if constexpr (VEC == UNIT) {  // the compiler makes four stores of one of a struct
       __stcg(reinterpret_cast<uint4*>(to), reinterpret_cast<const uint4&>(part));
     } else {
       *reinterpret_cast<Pack<T>*>(to + v) = part;
@@ -188,9 +191,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                     OFFSET* __restrict__ grad_offset, MASK* __restrict__ grad_mask,
                     const ConvGeometry g, const Layout l, const Strides offset_strides,
                     const Strides mask_strides, const int64 first, const int64 count) {
-  DYN_SHARED(Unit, ring);  // the weights of two steps, totals, the plan
+  DYN_SHARED(Unit, ring);  // the weights of two steps, totals, dots, the plan
   Quad* const totals = reinterpret_cast<Quad*>(ring + 2 * STAGE);
-  SamplePlan* const plan = reinterpret_cast<SamplePlan*>(totals + TOTALS);
+  Quad* const kept = totals + TOTALS;
+  SamplePlan* const plan = reinterpret_cast<SamplePlan*>(kept + KEPT);
   const Places places = {offset, mask, offset_strides, mask_strides};
 
   // a grid of tiles of `count` positions from `first` on, parts of the slots, and offset groups
@@ -216,14 +220,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int64 first_step = static_cast<int64>(offset_group * l.slots + first_slot) *
                            l.rows_shared * l.chunks * l.steps;
   for (bool corrected = true;; corrected = false) {
-    const Unit* weights = packed + first_step * STAGE + thread;
+    const Unit* const weights = packed + first_step * STAGE + thread;
+    u32 fetched = 0;  // units
     const auto fetch = [&](int stage) {
 #pragma unroll
       for (int i = 0; i < STAGE; i += THREADS) {
-        cp_async<16>(ring + stage + thread + i, weights + i);
+        cp_async<16>(ring + stage + thread + i, weights + fetched + i);
       }
       cp_async_commit();
-      weights += STAGE;
+      fetched += STAGE;
     };
 
     bool nan = false;
@@ -237,31 +242,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                             offset_group, plan + thread);
       }
       const int tap = slot * l.samples + own_sample;
-      A dots[ROWS][4] = {};
+      Quad dots[ROWS] = {};
+#pragma unroll
+      for (int i = 0; i < KEPT; i += THREADS) kept[thread + i] = {};
       for (int run = 0; run < l.rows_shared; ++run) {
         const int image_row = offset_group * l.rows_shared + run, group = image_row / l.runs;
         for (int chunk = 0; chunk < l.chunks; ++chunk) {
           Sums sums = {};
 #pragma unroll
           for (int i = 0; i < TOTALS; i += THREADS) totals[thread + i] = {};
-          u32 byte = group * l.out_units * sizeof(Unit);  // of the next step
-          int units_left = l.out_units;
+          // bytes of a row of grad_y that belong to the group
+          const u32 begin = group * l.out_units * sizeof(Unit);
+          const u32 end = begin + l.out_units * sizeof(Unit);
           Unit next[ROWS];
-          const auto load_next = [&] {
-            if (units_left >= 4) {
+          const auto load_next = [&](u32 byte) {
+            if (byte + STEP_BYTES <= end) {
               load_rows<false>(next, own_rows, byte, true);
             } else {
-              load_rows<true>(next, own_rows, byte, t < units_left);
+              load_rows<true>(next, own_rows, byte, byte + t * sizeof(Unit) < end);
             }
-            byte += 64;
-            units_left -= 4;
           };
-          load_next();
-          for (int left = l.steps; left > 0; --left) {
+          load_next(begin);
+          for (u32 byte = begin; byte < end; byte += STEP_BYTES) {
+            if (TERMS == 3 && byte > begin && (byte - begin) % (CHAIN * STEP_BYTES) == 0) {
+              promote<false, THREADS>(sums, totals + thread);
+            }
             Unit a[ROWS];
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) a[r] = moved(next[r]);
-            load_next();
+            load_next(byte + STEP_BYTES);
             cp_async_wait<0>();
             __syncthreads();
             fetch(stage ^ STAGE);
@@ -270,13 +279,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             } else {
               multiply_step<false>(sums, a, ring + stage + lane, TILE_N);
             }
-            if (TERMS == 3 && left % CHAIN == 0) promote<false, THREADS>(sums, totals + thread);
             stage ^= STAGE;
           }
           if constexpr (TERMS == 3) {
             promote<true, THREADS>(sums, totals + thread);
             nan |= any_nan(sums);
           }
+#pragma unroll
+          for (int i = 0; i < KEPT; i += THREADS) dots[i / THREADS] = kept[thread + i];
 
           const T* const pixels = image + image_row * l.run;
           T* const columns =
@@ -296,23 +306,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                   const char* const from = reinterpret_cast<const char*>(pixels + channel);
                   const int(&pixel)[4] = own_plan[8 * r].pixel;
                   if (whole) {
-                    add_dots<false>(dots[r], value, pixel, from, run_bytes, left);
+                    add_dots<false>(dots[r].value, value, pixel, from, run_bytes, left);
                   } else {
-                    add_dots<true>(dots[r], value, pixel, from, run_bytes, left);
+                    add_dots<true>(dots[r].value, value, pixel, from, run_bytes, left);
                   }
                 }
                 if (grad_columns && (whole || (row + 8 * r < rows && tap < taps))) {
-                  store_unit(columns + 8 * r * column_step + channel, value, left,
-                             whole || corrected);
+                  store_unit(columns + 8 * r * column_step + channel, value, left, corrected);
                 }
               }
             }
           };
-          if (VEC == UNIT && TERMS != 3 && inside) {  // three terms leave no registers for it
+          if (VEC == UNIT && inside) {
             use(true);
           } else {
             use(false);
           }
+#pragma unroll
+          for (int i = 0; i < KEPT; i += THREADS) kept[thread + i] = dots[i / THREADS];
         }
       }
 
@@ -321,7 +332,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
-            A& dot = dots[r][corner];
+            float& dot = dots[r].value[corner];
             if (l.lane_bits > 0) dot += __shfl_xor_sync(0xffffffffu, dot, 1);
             if (l.lane_bits > 1) dot += __shfl_xor_sync(0xffffffffu, dot, 2);
           }
@@ -329,7 +340,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           const SamplePlan& p = own_plan[8 * r];
           Sample sample = {};
           sample.ly = p.ly, sample.lx = p.lx, sample.scale = p.scale;
-          const SampleGradient grad = sample_gradient(sample, dots[r]);
+          const SampleGradient grad = sample_gradient(sample, dots[r].value);
           const int64 position = first_position + row + 8 * r;
           const int64 to = (position * g.offset_groups + offset_group) * taps + tap;
           if (corrected || isinf(grad.y)) grad_offset[2 * to] = static_cast<OFFSET>(grad.y);

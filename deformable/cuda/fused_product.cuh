@@ -200,7 +200,7 @@ __device__ __forceinline__ void promote(float (&sums)[N8][2][4], Quad* totals) {
       total.value[i] += sum;
       sum = LAST ? total.value[i] : 0;
     }
-    totals[THREADS * j] = total;
+    if (!LAST) totals[THREADS * j] = total;
   }
 }
 
