@@ -267,7 +267,7 @@ class Product(NamedTuple):
 def product_plan(g: "ConvGeometry", o: Operands, weight: View) -> Product:
     v = variant(g, o.dtype.itemsize, o.terms, o.corners, o.processors, o.shared)
     l, parts = v.layout, v.grid[2]  # noqa: E741
-    units = v.grid[1] * l.steps * v.stage
+    units = (v.grid[1] * l.steps + 1) * v.stage  # with a step of zeros behind the last one
     size = g.batch * g.positions * g.out_channels
     kernel: Callable[..., _cuda.Launch] = functools.partial(
         _cuda.Launch, "fused_conv.cu",
@@ -275,8 +275,7 @@ def product_plan(g: "ConvGeometry", o: Operands, weight: View) -> Product:
         OUT=o.dtype if parts == 1 else np.dtype(np.float32), **o.macros,
     )  # fmt: skip
     return Product(
-        # the step after the last one is fetched too, though never used
-        packed=(units + v.stage, UNIT_BYTES // 4),
+        packed=(units, UNIT_BYTES // 4),
         samples=(g.groups * l.slots * l.samples, 4),
         parts=parts,
         pack_weights=kernel(

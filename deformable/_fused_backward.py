@@ -254,9 +254,8 @@ def packing_plan(
 ) -> tuple[tuple[int, int], _cuda.Launch]:
     """The shape of the packed weights, and the launch that packs them."""
     v = column_variant(g, o.dtype.itemsize, o.terms, o.processors, 0)
-    units = v.stages * v.stage
-    # a step behind the last one is fetched too, though never used
-    return (units + v.stage, 4), _column_kernel(o, v)(
+    units = (v.stages + 1) * v.stage  # with a step of zeros behind the last one
+    return (units, 4), _column_kernel(o, v)(
         "pack_weights", (-(-units // 256),), (256,), strides(weight), g, v.layout, units
     )
 

@@ -6,7 +6,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 import deformable
-from deformable import _fused, conv2d, deform_conv2d
+from deformable import _fused, _fused_backward, conv2d, deform_conv2d
 from deformable.testing import error_bound
 from tests.arrays import on
 from tests.conftest import HAVE_GPU, kernels
@@ -231,6 +231,28 @@ def test_split_sums_take_no_more_than_the_tiles_of_resident_blocks(sizes, proces
         sums = parts * g.batch * g.positions * g.out_channels * 4
         assert parts == 1 or sums <= processors * 128 << 10
         assert parts == 1 or processors > 1
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_nothing_is_fetched_that_was_never_written(precision, order):
+    """The step behind the last one, which is never used, is: of forward and of backward."""
+    dtype, mode = PRECISIONS[precision]
+    arrays, _ = random_case(dtype, c=8, o=20, groups=2)
+    g, arrays = geometry(dtype, c=8, o=20, groups=2), on(cupy, arrays)
+    x, weight = arrays["x"], arrays["weight"]
+    with deformable.float32_precision(mode):
+        o = _fused.operands(x, arrays["offset"], arrays["mask"])
+        plan = _fused.product_plan(g, o, _fused.view(weight))
+        forward = cupy.full(plan.packed, 0xFFFFFFFF, np.uint32)
+        plan.pack_weights(weight, forward, cupy.empty(plan.samples, np.int32))
+        backward = _fused_backward.pack_weights(g, o, weight)
+    size = o.dtype.itemsize
+    stages = (
+        (_fused.variant(g, size, o.terms, 4, o.processors, o.shared).stage, forward),
+        (_fused_backward.column_variant(g, size, o.terms, o.processors, 0).stage, backward),
+    )
+    for stage, packed in stages:
+        assert not packed[-stage:].get().any() and packed[-2 * stage : -stage].get().any()
 
 
 # ---- exactness

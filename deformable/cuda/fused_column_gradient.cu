@@ -51,7 +51,8 @@ struct Layout {
   int split;        // slots of a block
 };
 
-// ---- weights (O, C / groups, kh, kw) -> packed (tiles, steps, [high, low], TILE_N, 64 bytes)
+// ---- weights (O, C / groups, kh, kw) -> packed (tiles, steps, [high, low], TILE_N, 64 bytes), and
+// one more step of zeros, which is fetched though never used
 extern "C" __global__ void __launch_bounds__(256)
     pack_weights(const T* __restrict__ weight, Unit* __restrict__ packed, const Strides strides,
                  const ConvGeometry g, const Layout l, const int64 units) {
@@ -73,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
   for (int e = 0; e < UNIT; ++e) {
     const int out = (step * 4 + lane % 4) * UNIT + e;
-    const bool exists = out < l.outs && tap < g.taps() && channel < l.run;
+    const bool exists = group < g.groups && out < l.outs && tap < g.taps() && channel < l.run;
     const float w = exists ? static_cast<float>(weight[strides(
                                  group * l.outs + out, (row - group * l.runs) * l.run + channel,
                                  tap / g.kernel_w, tap % g.kernel_w)])

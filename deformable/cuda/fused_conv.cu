@@ -86,8 +86,9 @@ struct alignas(16) SampleId {
   int offset_group_and_tap;
 };
 
-// ---- weights (O, C / groups, kh, kw) -> packed (groups, tiles, steps, [high, low], TILE_N, 64 bytes)
-// and a list of the samples (groups, slots, 4 >> lane_bits)
+// ---- weights (O, C / groups, kh, kw) -> packed (groups, tiles, steps, [high, low], TILE_N, 64 bytes),
+// one more step of zeros, which is fetched though never used, and a list of the samples (groups,
+// slots, 4 >> lane_bits)
 extern "C" __global__ void __launch_bounds__(256)
     pack_weights(const T* __restrict__ weight, Unit* __restrict__ packed,
                  SampleId* __restrict__ samples, const Strides strides, const ConvGeometry g,
@@ -115,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
   for (int e = 0; e < UNIT; ++e) {
     const int channel = ((at.chunk << l.lane_bits) + (t & ((1 << l.lane_bits) - 1))) * UNIT + e;
-    const bool exists = out < l.outs && run < l.runs && channel < l.run;
+    const bool exists = group < g.groups && out < l.outs && run < l.runs && channel < l.run;
     const float w = exists ? static_cast<float>(weight[strides(
                                  group * l.outs + out, run * l.run + channel, tap / g.kernel_w,
                                  tap % g.kernel_w)])
