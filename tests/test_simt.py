@@ -341,6 +341,22 @@ def test_static_shared_memory_takes_its_part_of_what_there_is():
         kernel.max_dynamic_shared_size_bytes = (226 << 10) + 1
 
 
+def test_kernels_of_one_module_may_have_48_kib_of_static_shared_memory_each():
+    code = "".join(
+        f"""
+    extern "C" __global__ void k{i}(float* y) {{
+      __shared__ float own[10 << 10];
+      own[threadIdx.x] = y[0] + 1;
+      y[0] = own[threadIdx.x];
+    }}"""
+        for i in range(2)
+    )
+    module, y = cupy.RawModule(code=code), cupy.ones(1, "f")
+    for i in range(2):
+        module.get_function(f"k{i}")((1,), (1,), (y,))
+    assert y.get() == 3
+
+
 def test_source_errors_are_those_of_the_compiler():
     with pytest.raises(build.BuildError, match=r"kernel.cu:2:\d+: error"):
         cupy.RawModule(code='\nextern "C" __global__ void k() { what; }').get_function("k")

@@ -195,8 +195,9 @@ class Kernel:
         self.module, self.name = module, entry.name
         self.max_threads_per_block = description.max_threads
         self._call = description.call
+        # that of all kernels of the module, of which some may have more together than one may
         self._static_shared = module.end - module.bss
-        self._max_dynamic_shared = (48 << 10) - self._static_shared
+        self._max_dynamic_shared = max(0, (48 << 10) - self._static_shared)
         self.parameters = [
             Parameter(name, p.dtype.decode(), p.size, p.pointer.decode().strip("\0"), _members(p))
             for (_, name), p in zip(
