@@ -6,7 +6,7 @@ import re
 import pytest
 
 from deformable import _cuda
-from tests.simt import build, nvrtc, report
+from tests.simt import build, nvrtc, report, sass
 from tests.simt.module import RawModule
 
 CUDA = build.HERE.parents[1] / "deformable" / "cuda"
@@ -198,6 +198,58 @@ def test_instructions_of_the_inner_loop_are_those_of_its_usual_way(body, more):
         )
         assert 7 <= plain <= 12  # a load, four sums; an address, an end, a branch
         assert plain < changed <= plain + more + 4
+
+
+NESTED = """
+extern "C" __global__ void loop(const float4* __restrict__ x, float4* y, float z, int n, int m) {
+  #pragma unroll 1
+  for (int j = threadIdx.x; j < m; j += blockDim.x) {
+    float4 sum = {0, 0, 0, 0};
+    #pragma unroll 1
+    for (int i = j; i < n; ++i) {
+      const float4 v = __ldg(x + i);
+      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    if (sum.x < z) {
+      BODY
+      y[j] = sum;
+    }
+  }
+}"""
+
+
+@needs_nvrtc
+def test_instructions_around_the_inner_loop_are_those_of_a_round_that_stores():
+    body = 16 * "sum.x = sum.x * z + sum.y; sum.y = sum.y * z + sum.x;"
+    for architecture in nvrtc.architectures():
+        plain, changed = (
+            nvrtc.resources(NESTED.replace("BODY", text), (), architecture)["loop"]
+            for text in ("", body)
+        )
+        assert plain.inner + 8 <= plain.around <= plain.inner + 40
+        assert plain.around + 32 <= changed.around <= plain.around + 44
+        assert changed.inner <= 16
+
+
+def test_loads_that_exclude_each_other_are_not_counted_together():
+    def instruction(**fields):
+        usual = {"counts": True, "predicate": sass.ALWAYS, "target": None, "leaves": False}
+        kinds = dict.fromkeys(("load", "store", "product"), False)
+        return sass.Instruction(**usual | kinds | fields)
+
+    code = [
+        instruction(load=True, predicate=9),
+        instruction(predicate=9, target=4),
+        instruction(),
+        instruction(load=True),
+        instruction(target=0, leaves=True),
+    ]
+    short, around = sass.inner_loops(code)
+    assert short == sass.Loop(products=0, loads=1, stores=0, instructions=3)
+    assert around is None
+    code[1] = instruction(predicate=1, target=4)  # the first load happens if it does not branch
+    both, _ = sass.inner_loops(code)
+    assert both == sass.Loop(products=0, loads=2, stores=0, instructions=5)
 
 
 @needs_nvrtc

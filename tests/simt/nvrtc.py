@@ -45,6 +45,8 @@ class Resources:
     shared: int  # bytes, without dynamic shared memory
     instructions: int  # of machine code
     per_load: float  # instructions of the inner loop for each load of 16 bytes, see sass.py; or 0
+    inner: int  # instructions of a round of the inner loop; or 0
+    around: int  # instructions of a round of the loop around it; or 0
 
 
 @functools.cache
@@ -171,13 +173,15 @@ def _read_log(log, kernels):
             match = re.search(rf"(\d+) {pattern}", part)
             return int(match[1]) if match else 0
 
-        loop = sass.inner_loop(kernels[name])
+        inner, around = sass.inner_loops(kernels[name])
         found[name] = Resources(
             registers=number("registers"),
             spilled=number("bytes spill stores") + number("bytes spill loads"),
             stack=number("bytes stack frame"),
             shared=number("bytes smem"),
             instructions=sass.count(kernels[name]),
-            per_load=loop.instructions / loop.loads if loop else 0,
+            per_load=inner.instructions / inner.loads if inner else 0,
+            inner=inner.instructions if inner else 0,
+            around=around.instructions if around else 0,
         )
     return found

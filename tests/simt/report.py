@@ -9,10 +9,13 @@ of the inner loop, which ``sass.py`` finds in the machine code, by the elements 
 in it. An element is one channel of what is looped over: for a convolution one (position, tap,
 channel) value of its columns, for an image gradient one (pixel, sample, channel), for RoIs one
 (bin, pixel, channel). How many there are follows from the loads in the loop, as ``loads`` tells.
-What happens in some of the rounds only is left out: plans of samples, and in ``fused_conv`` with
-TERMS=3 the promotion of the sums in every fourth step, which adds 1.9 per element. It never runs on
-sm_75, where its tensor cores are traps. The inner loop of ``column_gradient`` goes through the
-output channels, 64 bytes of them in a round.
+What happens in some of the rounds only is left out: plans of samples, and with TERMS=3 the
+promotion of the sums in every fourth step, which adds 1.9 per element to ``fused_conv`` and 2 each
+time to ``column_gradient``. They never run on sm_75, where their tensor cores are traps.
+
+The inner loop of ``column_gradient`` goes through the output channels, 64 bytes of them in a round,
+and what follows uses the sums: its figure is that of a whole tile of columns, of OUT_CHANNELS. It
+has none where the assembler lays the way to the inner loop backwards.
 """
 
 import contextlib
@@ -24,6 +27,7 @@ from tests.simt.build import CACHE, HERE
 
 KERNELS = HERE.parents[1] / "deformable" / "cuda"
 LAUNCHED = CACHE / "launched.json"
+OUT_CHANNELS = 256
 BYTES = {"__half": 2, "__nv_bfloat16": 2, "float": 4, "double": 8}
 
 
@@ -55,8 +59,6 @@ def loads(file, kernel, macros):
     match file, kernel:
         case "fused_conv.cu", "fused_conv":
             return int(macros["CORNERS"])
-        case "fused_column_gradient.cu", "column_gradient":  # in each step of the output channels
-            return 64 / BYTES[macros["DTYPE"]] / int(macros["TILE_N"])
         case "fused_weight_gradient.cu", "weight_gradient":
             copied = int(macros["TILE_O"]) * BYTES[macros["DTYPE"]] / 256
             return int(macros["CORNERS"]) + max(1, copied)
@@ -72,10 +74,15 @@ def loads(file, kernel, macros):
 
 
 def per_element(file, kernel, options, resources):
-    """Instructions of the inner loop for each element, or None if it has no loads of 16 bytes."""
+    """Instructions for each element, or None if no loop with loads of 16 bytes was found."""
     macros = dict(option.removeprefix("-D").split("=") for option in options)
     elements = 16 // BYTES[macros["DTYPE"]]
-    cost = resources.per_load * loads(file, kernel, macros) / elements
+    if kernel == "column_gradient":
+        rounds = OUT_CHANNELS // (4 * elements)
+        tile = resources.around and resources.around + (rounds - 1) * resources.inner
+        cost = tile / int(macros["TILE_N"])
+    else:
+        cost = resources.per_load * loads(file, kernel, macros) / elements
     return cost if cost and int(macros["VEC"]) == elements else None
 
 

@@ -9,8 +9,12 @@ bytes at once from global memory, has the most instructions for tensor cores tha
 no other such loop inside. Of the ways through it, along branches forward, that have all of these
 products the one with the fewest instructions per load is counted. What only some rounds do, such as
 to plan samples, is not on it, and a function that it calls is one instruction.
+
+Of the loop around the inner one, the cheapest way with most loads and stores is counted, on which
+the inner loop goes round once.
 """
 
+import math
 import struct
 from typing import NamedTuple
 
@@ -19,6 +23,7 @@ NOP, EXIT, RETURN = 0x918, 0x94D, 0x950
 BRANCHES = UNIFORM, BRANCH = 0x547, 0x947
 PRODUCT = 0x23C  # HMMA
 LOADS = 0x381, 0x981  # LDG
+STORES = 0x386, 0x986  # STG
 ALWAYS, NEVER = 7, 15  # predicates
 
 
@@ -27,7 +32,9 @@ class Instruction(NamedTuple):
 
     counts: bool  # is not padding
     load: bool  # of 16 bytes from global memory
+    store: bool  # of 16 bytes
     product: bool
+    predicate: int  # 8 more for its opposite
     target: int | None  # of a branch: the number of an instruction
     leaves: bool  # never goes on to the next instruction
 
@@ -37,6 +44,7 @@ class Loop(NamedTuple):
 
     products: int
     loads: int
+    stores: int
     instructions: int
 
 
@@ -75,7 +83,9 @@ def _decode(word, number, architecture):
     return Instruction(
         counts=operation != NOP and predicate != NEVER,
         load=operation in LOADS and word >> 73 & 7 >= 6,
+        store=operation in STORES and word >> 73 & 7 >= 6,
         product=operation == PRODUCT,
+        predicate=predicate,
         target=target,
         leaves=operation in (BRANCH, EXIT, RETURN) and not conditional,
     )
@@ -86,8 +96,8 @@ def count(code):
     return sum(instruction.counts for instruction in code)
 
 
-def inner_loop(code):
-    """The cheapest way round the inner loop, or None if no loop has loads of 16 bytes."""
+def inner_loops(code):
+    """Ways round the inner loop and round the one about it, or None where there is none."""
     loops = {}
     for last, instruction in enumerate(code):
         if instruction.target is not None and instruction.target <= last:
@@ -97,34 +107,42 @@ def inner_loop(code):
                 loops[instruction.target, last] = [w for w in ways if w.products == products]
     most = max((ways[0].products for ways in loops.values()), default=0)
     loops = {place: ways for place, ways in loops.items() if ways[0].products == most}
-    innermost = [
-        way
-        for (first, last), ways in loops.items()
-        if sum(first <= begin and end <= last for begin, end in loops) == 1
-        for way in ways
-    ]
-    return min(innermost, key=lambda way: way.instructions / way.loads, default=None)
+    depth = {  # counted from the inside
+        (first, last): sum(first <= begin and end <= last for begin, end in loops)
+        for first, last in loops
+    }
+    inner, around = (
+        [way for place, ways in loops.items() if depth[place] == level for way in ways]
+        for level in (1, 2)
+    )
+    return (
+        min(inner, key=lambda way: way.instructions / way.loads, default=None),
+        max(around, key=lambda way: (way.loads, way.stores, -way.instructions), default=None),
+    )
 
 
 def _ways(code, first, last):
-    """The cheapest way from the first to the last instruction for all products and loads on one."""
+    """The cheapest ways from the first to the last instruction, whatever there may be on one.
+
+    A branch tells of the instructions before it that depend on its predicate whether they happen.
+    """
     leaders = {first} | {i.target for i in code[first:last] if i.target is not None}
     leaders |= {n + 1 for n in range(first, last) if code[n].target is not None or code[n].leaves}
     leaders = sorted(n for n in leaders if first <= n <= last)
-    ways = {}  # from the beginning of a block on: {(products, loads): instructions}
+    ways = {}  # from the beginning of a block on: {(products, loads, stores): instructions}
     for begin, end in reversed([*zip(leaders, [*leaders[1:], last + 1], strict=True)]):
         block, exit_ = code[begin:end], code[end - 1]
         if end > last:
-            after = [{(0, 0): 0}]
+            after = [({(0, 0, 0): 0}, NEVER)]
         else:
-            targets = [] if exit_.leaves else [end]
+            after = [] if exit_.leaves else [(ways.get(end, {}), exit_.predicate)]
             if exit_.target is not None and exit_.target > end - 1:
-                targets.append(exit_.target)
-            after = [ways.get(target, {}) for target in targets]
-        products, loads = sum(i.product for i in block), sum(i.load for i in block)
+                after.append((ways.get(exit_.target, {}), exit_.predicate ^ 8))
         best = ways[begin] = {}
-        for known in after:
-            for (p, l), instructions in known.items():  # noqa: E741
-                key, total = (p + products, l + loads), instructions + count(block)
-                best[key] = min(total, best.get(key, total))
+        for known, impossible in after:
+            happen = [i for i in block if i.predicate != impossible or impossible == ALWAYS]
+            own = [sum(getattr(i, kind) for i in happen) for kind in ("product", "load", "store")]
+            for rest, instructions in known.items():
+                key = tuple(a + b for a, b in zip(own, rest, strict=True))
+                best[key] = min(instructions + count(block), best.get(key, math.inf))
     return [Loop(*key, instructions) for key, instructions in ways[first].items()]
