@@ -24,6 +24,7 @@ from benchmarks.harness import (
     environment,
     library_call,
     take_turns,
+    until_interrupted,
     verify,
 )
 from benchmarks.table import gpu_tables
@@ -52,10 +53,11 @@ def run(description: str, output: str, cases: Iterable[Workload], invite: Invite
     options = _options(description, RESULTS / output)
     log = device_log(options)
     words = options.only.split(",")
-    for case in cases:
-        named = any(word in f"{case.operator} {case.label}" for word in words)
-        if named and available(case.operator):
-            _measure(case.tiny() if options.tiny else case, invite, options, log)
+    with until_interrupted():
+        for case in cases:
+            named = any(word in f"{case.operator} {case.label}" for word in words)
+            if named and available(case.operator):
+                _measure(case.tiny() if options.tiny else case, invite, options, log)
     print(gpu_tables(log.records))
 
 

@@ -17,7 +17,15 @@ import deformable
 from benchmarks import bench_conv, bench_deform_conv, bench_roi, gpu
 from benchmarks.contest import DTYPES, library, upload
 from benchmarks.gpu import cupy
-from benchmarks.harness import BOTH, LIMITS, OURS, available, markdown, verify
+from benchmarks.harness import (
+    BOTH,
+    LIMITS,
+    OURS,
+    available,
+    markdown,
+    until_interrupted,
+    verify,
+)
 from benchmarks.workloads import Workload, draw
 
 RUNS = 10
@@ -27,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--once", action="store_true", help="small, without cupy's pool")
     parser.add_argument("--tiny", action="store_true", help="small")
+    parser.add_argument("--dtypes", type=lambda s: s.split(","), default=list(DTYPES))
     options = parser.parse_args()
     if not gpu.HAVE_GPU and not options.tiny:
         sys.exit("no GPU: only --tiny runs here, to try the checks out")
@@ -34,13 +43,13 @@ def main() -> None:
     if options.once and gpu.HAVE_GPU:
         cupy.cuda.set_allocator(None)
     rows, failed = [["operator", "workload", "dtype", "error", "same bits"]], False
-    for case in _cases(small):
-        for dtype in DTYPES:
-            error, same = _check(case, dtype, 1 if options.once else RUNS)
-            wrong = not error <= LIMITS[dtype] or same < 1
-            failed |= wrong
-            verdict = f"{same:.0%}" + (" WRONG" if wrong else "")
-            rows.append([case.operator, case.label, dtype, f"{error:.0e}", verdict])
+    with until_interrupted():
+        for case in _cases(small):
+            for dtype, error, same in _check(case, options.dtypes, 1 if options.once else RUNS):
+                wrong = not error <= LIMITS[dtype] or same < 1
+                failed |= wrong
+                verdict = f"{same:.0%}" + (" WRONG" if wrong else "")
+                rows.append([case.operator, case.label, dtype, f"{error:.0e}", verdict])
     print(markdown(rows))
     sys.exit(1 if failed else 0)
 
@@ -57,22 +66,23 @@ def _cases(small: bool) -> Iterator[Workload]:
             yield case.tiny() if small else case
 
 
-def _check(case: Workload, dtype: str, runs: int) -> tuple[float, float]:
-    """The largest error of all results, and the share of runs with the bits of the first."""
+def _check(case: Workload, dtypes: list[str], runs: int) -> Iterator[tuple[str, float, float]]:
+    """By dtype: the largest error of all results, the share of runs with the bits of the first."""
     arrays, grad_y = draw(case, np.random.default_rng(0))
     reference = library(OURS, case, [(arrays, grad_y)], np.asarray).sets[0].results(BOTH)
-    storage = "float32" if dtype == "tf32" else dtype
-    inputs = upload(arrays, grad_y, storage, rois="float32", offset="float32")[:1]
-    contender = library(OURS, case, inputs).sets[0]
-    with deformable.float32_precision("high" if dtype == "tf32" else "highest"):
-        gpu.poison(sum(array.nbytes for array in reference.values()))
-        error = max(verify(contender, BOTH, reference).values())
-        first = contender.results(BOTH)
-        same = 1
-        for _ in range(runs - 1):
-            again = contender.results(BOTH)
-            same += all(again[name].tobytes() == first[name].tobytes() for name in first)
-    return error, same / runs
+    for dtype in dtypes:
+        storage = "float32" if dtype == "tf32" else dtype
+        inputs = upload(arrays, grad_y, storage, rois="float32", offset="float32")[:1]
+        contender = library(OURS, case, inputs).sets[0]
+        with deformable.float32_precision("high" if dtype == "tf32" else "highest"):
+            gpu.poison(sum(array.nbytes for array in reference.values()))
+            error = max(verify(contender, BOTH, reference).values())
+            first = {name: array.tobytes() for name, array in contender.results(BOTH).items()}
+            same = 1
+            for _ in range(runs - 1):
+                again = contender.results(BOTH)
+                same += all(again[name].tobytes() == bits for name, bits in first.items())
+        yield dtype, error, same / runs
 
 
 if __name__ == "__main__":

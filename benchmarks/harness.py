@@ -1,5 +1,6 @@
 """What all benchmarks share: contenders, verification before timing, turns, records, tables."""
 
+import contextlib
 import gc
 import json
 import os
@@ -8,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -91,6 +92,15 @@ def verify(
 
 
 # ---- timing
+
+
+@contextlib.contextmanager
+def until_interrupted() -> Iterator[None]:
+    """What is measured in here until Ctrl-C, or until its time runs out, is kept and printed."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted: what follows is what there was until then", file=sys.stderr)
 
 
 class Times(NamedTuple):

@@ -18,7 +18,14 @@ from benchmarks import gpu
 from benchmarks.bench_deform_conv import CASES
 from benchmarks.contest import device_log
 from benchmarks.gpu import Call, cupy
-from benchmarks.harness import RESULTS, Times, markdown, relative_error, take_turns
+from benchmarks.harness import (
+    RESULTS,
+    Times,
+    markdown,
+    relative_error,
+    take_turns,
+    until_interrupted,
+)
 from deformable import _cuda
 
 FILE = "microbench.cu"
@@ -39,9 +46,10 @@ def main() -> None:
     options = parser.parse_args()
     log = device_log(options)
     rows = [["what", "measured"]]
-    for name, measurement in MEASUREMENTS.items():
-        if any(word in name for word in options.only.split(",")):
-            for what, measured in measurement(options):
+    wanted = options.only.split(",")
+    with until_interrupted():
+        for name, measurement in MEASUREMENTS.items():
+            for what, measured in measurement(options) if any(w in name for w in wanted) else ():
                 log.add(measurement=name, what=what, measured=measured)
                 rows.append([what, measured])
     print(markdown(rows))

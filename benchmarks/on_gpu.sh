@@ -3,13 +3,15 @@
 #   benchmarks/on_gpu.sh STAGE FOLDER [--tiny]
 #   a  the tests on the GPU, and compute-sanitizer over every operator
 #   b  what the machine does at best, ten runs bit for bit, an example
-#   c  comparisons with torch, torchvision and the classic algorithm
-#   d  other constants of the kernels, the host's part of a call
-# FOLDER receives the full results; each stage ends with a short table. --tiny tries the script out
-# on a machine without a GPU, where the tests and the sanitizer are left out.
+#   c  deformable convolutions beside torch and torchvision
+#   d  plain convolutions, and RoI operators beside the classic algorithm, too
+#   e  other constants of the kernels, the host's part of a call
+# FOLDER receives the full results; each stage ends with a short table. What runs out of its time is
+# interrupted, and prints what it has until then. --tiny tries the script out on a machine without a
+# GPU, where the tests and the sanitizer are left out.
 set -uo pipefail
-if [[ $# -lt 2 || ! $1 =~ ^[abcd]$ ]]; then
-  sed -n '2,9s/^# \{0,1\}//p' "$0"
+if [[ $# -lt 2 || ! $1 =~ ^[abcde]$ ]]; then
+  sed -n '2,11s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 stage=$1
@@ -18,6 +20,7 @@ out=$(cd "$2" && pwd)
 tiny=${3:-}
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+PATH+=:/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer
 python=${PYTHON:-python3}
 failures=0
 
@@ -26,11 +29,12 @@ run() {
   local limit=$1 name=$2 started=$SECONDS
   shift 2
   echo "== $name"
-  timeout "$limit" "$@" >"$out/$name.txt" 2>&1
+  timeout --signal=INT --kill-after=15 "$limit" "$@" >"$out/$name.txt" 2>&1
   local status=$?
   tail -n "${LINES_SHOWN:-12}" "$out/$name.txt"
   echo "-- $name: $([[ $status == 0 ]] && echo passed || echo "FAILED ($status)"), $((SECONDS - started)) s"
   [[ $status == 0 ]] || failures=$((failures + 1))
+  return "$status"
 }
 
 # bench SECONDS NAME MODULE [OPTION...]: the same for a benchmark, its records in FOLDER too
@@ -40,31 +44,63 @@ bench() {
   run "$limit" "$name" "$python" -m "benchmarks.$module" ${tiny:+$tiny} --output "$out/$name.jsonl" "$@"
 }
 
+# together: waits for what was started in the background, whose failures it counts
+together() {
+  local job
+  for job in $(jobs -p); do
+    wait "$job" || failures=$((failures + 1))
+  done
+}
+
+has() { "$python" -c "import $1" 2>/dev/null; }
+
+# Nearly all of the time goes into compiling kernels: processes share what they have compiled. Where
+# the environment is not the one that the tests were made in, a warning is not an error.
+tests() {
+  local options=(-q --tb=short --durations=10 -p no:cacheprovider -W default)
+  has xdist && options+=(-n 12)
+  has pytest_timeout && options+=(--timeout=120 --timeout-method=thread)
+  OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 DEFORMABLE_REQUIRE_GPU=1 LINES_SHOWN=40 \
+    run 240 tests "$python" -m pytest "${options[@]}" --ignore-glob='tests/test_simt*' tests
+}
+
+sanitizer() {
+  local dtype tool
+  for dtype in float32 tf32 float16 bfloat16; do  # compiled now, so that the tools need not
+    run 70 "once_$dtype" "$python" -m benchmarks.device_checks --once --dtypes "$dtype" &
+  done
+  together
+  for tool in memcheck racecheck initcheck; do
+    run 145 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" -m benchmarks.device_checks --once &
+  done
+  together
+}
+
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.draw --format=csv
 case $stage in
 a)
   if [[ -n $tiny ]]; then
     echo "the tests and the sanitizer need the GPU"
   else
-    DEFORMABLE_REQUIRE_GPU=1 run 260 tests "$python" -m pytest -q -p no:cacheprovider tests
-    for tool in memcheck racecheck initcheck; do
-      run 60 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-        "$python" -m benchmarks.device_checks --once
-    done
+    tests
+    sanitizer
   fi
   ;;
 b)
-  LINES_SHOWN=60 bench 240 microbench microbench
-  LINES_SHOWN=80 run 120 same_bits "$python" -m benchmarks.device_checks ${tiny:+$tiny}
+  LINES_SHOWN=60 bench 150 microbench microbench
+  LINES_SHOWN=80 run 220 same_bits "$python" -m benchmarks.device_checks ${tiny:+$tiny}
   [[ -n $tiny ]] || run 90 example "$python" examples/scaled_digits.py --device gpu --quick
   ;;
 c)
-  LINES_SHOWN=10 bench 240 deform_conv bench_deform_conv --rounds "${ROUNDS:-30}"
-  LINES_SHOWN=10 bench 90 conv bench_conv --rounds "${ROUNDS:-20}"
-  LINES_SHOWN=10 bench 130 roi bench_roi --rounds "${ROUNDS:-20}" --dtypes float32,float16
+  LINES_SHOWN=130 bench 460 deform_conv bench_deform_conv --rounds "${ROUNDS:-30}"
   ;;
 d)
-  LINES_SHOWN=100 bench 300 sweep sweep --rounds "${ROUNDS:-20}"
+  LINES_SHOWN=100 bench 200 conv bench_conv --rounds "${ROUNDS:-20}" --dtypes float32,tf32,float16
+  LINES_SHOWN=90 bench 260 roi bench_roi --rounds "${ROUNDS:-20}" --dtypes float32,float16
+  ;;
+e)
+  LINES_SHOWN=300 bench 360 sweep sweep --rounds "${ROUNDS:-20}"
   run 60 host_cost "$python" -m benchmarks.host_cost ${tiny:+$tiny}
   ;;
 esac

@@ -26,19 +26,20 @@ from benchmarks.harness import (
     Log,
     markdown,
     take_turns,
+    until_interrupted,
     verify,
 )
 from benchmarks.workloads import Convolution, draw
-from deformable import _fused, conv, deform_conv
+from deformable import _fused, _fused_backward, conv
 
 SHAPES = ("D3", "D4", "B1", "B4")
 DTYPES = ("float32", "tf32", "float16")
 # a constant of the library and what else it could be
 CHOICES: list[tuple[ModuleType, str, tuple[Any, ...]]] = [
-    (deform_conv, "SAMPLES", (32, 128, 256)),
     (conv, "CHUNK_BYTES", (8 << 20, 16 << 20, 64 << 20)),
     (_fused, "LEAST_STEPS", (4, 16)),
     (_fused, "WIDTHS", ((64, 128), (32, 64))),
+    (_fused_backward, "LEAST_STAGES", (8, 32)),
 ]
 
 
@@ -51,9 +52,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "sweep.jsonl")
     options = parser.parse_args()
     log = device_log(options)
-    for case in (case for case in CASES if case.name in options.only):
-        for dtype in options.dtypes:
-            _sweep(case.tiny() if options.tiny else case, dtype, options, log)
+    with until_interrupted():
+        for case in (case for case in CASES if case.name in options.only):
+            for dtype in options.dtypes:
+                _sweep(case.tiny() if options.tiny else case, dtype, options, log)
     print(markdown([["what", "measured"], *([r["what"], r["measured"]] for r in log.records)]))
 
 
@@ -99,6 +101,7 @@ def _set(values: Mapping[tuple[ModuleType, str], Any]) -> None:
     for (module, name), value in values.items():
         setattr(module, name, value)
     _fused.product_plan.cache_clear()
+    _fused_backward.weight_plan.cache_clear()
 
 
 if __name__ == "__main__":

@@ -75,6 +75,20 @@ def no_synchronisation():
     return substitute.no_synchronisation
 
 
+@pytest.fixture(autouse=True)
+def kernels_end_with_their_test(request):
+    """What fails on a GPU does so in the test that launched it: no kernel runs there afterwards."""
+    yield
+    if not HAVE_GPU:
+        return
+    try:
+        cupy.cuda.Device().synchronize()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)  # another worker takes the place of this one
+        pytest.exit(f"{request.node.nodeid}: {error}", returncode=1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def background_compiler():
     """Compiles every kernel that is simulated for every GPU, beside the tests."""

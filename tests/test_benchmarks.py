@@ -91,6 +91,21 @@ def test_a_wrong_result_is_not_timed(wrong, monkeypatch):
         compared(monkeypatch, *COMPARISONS["deform_conv2d"], "--dtypes=float32")
 
 
+def test_what_was_measured_before_an_interrupt_is_printed(monkeypatch, capsys):
+    module, case = COMPARISONS["roi_align"]
+
+    def cases():
+        yield case
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--tiny", "--rounds=1", "--dtypes=float32"])
+    monkeypatch.setattr(rivals_gpu, "torch", lambda: None)
+    contest.run("", "unused.jsonl", cases(), module.invite)
+    printed = capsys.readouterr()
+    assert case.tiny().label in printed.out
+    assert "interrupted" in printed.err
+
+
 def test_the_cpu_benchmark_runs_on_tiny_shapes_and_writes_no_results(tmp_path):
     file = tmp_path / "results.jsonl"
     command = [sys.executable, "-m", "benchmarks.bench_cpu", "--tiny", "--no-memory", "--only=C "]
