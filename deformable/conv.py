@@ -570,7 +570,7 @@ def _bias_plan(
 ) -> tuple[tuple[int, int], _cuda.Launch, _cuda.Launch]:
     """The launches that add up rows, about as many parts as a part has rows, and then the parts."""
     rows, columns = shape
-    split = max(1, math.isqrt(rows))
+    split = max(1, math.isqrt(rows), -(-rows // _fused.GRID_MAX))
     parts, strips = max(1, -(-rows // split)), -(-columns // SUM_BLOCK[0])
     sums = compute_dtype(dtype)
     kernel = functools.partial(_cuda.Launch, "bias_gradient.cu", "sum_rows", INDEX="int", VEC=1)

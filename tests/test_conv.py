@@ -166,6 +166,14 @@ def test_the_gradient_of_a_bias_is_the_sum_of_all_rows(shape, dtype, xp):
     assert_array_equal(have, rows.sum(axis=0).astype(kind))
 
 
+@pytest.mark.parametrize("rows", [1, 65535**2, 65536**2, 1 << 40])
+def test_parts_of_rows_are_no_more_than_blocks_that_a_grid_has(rows):
+    (parts, _), sum_parts, _ = deformable.conv._bias_plan((rows, 1), np.dtype(np.float16))
+    assert sum_parts.grid == (1, parts) and parts <= 65535
+    split = int(sum_parts.values[2])
+    assert (parts - 1) * split < rows <= parts * split
+
+
 @pytest.mark.skipif(HAVE_GPU, reason="only simulated memory costs nothing before it is used")
 def test_the_end_of_an_image_of_more_than_2_31_pixels():
     """Its last rows give what they give where there are no others."""
