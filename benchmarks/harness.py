@@ -176,7 +176,10 @@ def commit() -> str:
     """The commit of the library, with a + where its files differ from that."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
+        except OSError:  # there is no git
+            return ""
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--", "deformable")

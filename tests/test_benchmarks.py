@@ -172,6 +172,11 @@ def test_contenders_take_turns():
     assert times["a"] == harness.Times(1.0, 1.0, 1.0, 3)
 
 
+def test_where_there_is_no_git_the_commit_is_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert harness.commit() == "unknown"
+
+
 def test_a_log_is_read_as_it_was_written(tmp_path):
     file = tmp_path / "results" / "log.jsonl"
     log = harness.Log(file, {"device": "none"})
