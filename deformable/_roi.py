@@ -275,15 +275,16 @@ def _round(v: np.ndarray) -> np.ndarray:
 class Runs(NamedTuple):
     """Runs of evenly spaced samples, each along one axis: (runs,) each, float64.
 
-    Sample i lies at start + (i + phase) · extent / total. Those in [first, end) count; of these
-    the ones in [inner, outer) lie between two pixels, the others are clamped to an outermost one.
+    Sample i lies at start + (phase ± i) · extent / total, in the order of the axis: minus where the
+    extent is negative. Those in [first, end) count; of these the ones in [inner, outer) lie between
+    two pixels, the others are clamped to an outermost one.
     """
 
     start: np.ndarray
     extent: np.ndarray
     total: np.ndarray
     size: np.ndarray  # of the image along the axis
-    phase: float
+    phase: np.ndarray  # of sample 0, in steps
     first: np.ndarray
     inner: np.ndarray
     outer: np.ndarray
@@ -296,11 +297,13 @@ class Runs(NamedTuple):
         return Runs._make(a[chosen] if isinstance(a, np.ndarray) else a for a in self)
 
     def position(self, i: np.ndarray) -> np.ndarray:
-        return self.start + (i + self.phase) * self.extent / self.total
+        steps = np.where(self.backwards, -i, i) + self.phase
+        return self.start + steps * self.extent / self.total
 
     def before(self, q: np.ndarray | float) -> np.ndarray:
         """How many samples lie before q: the sample next to q decides by its position."""
-        i = np.rint((q - self.start) * (self.total / self.extent) - self.phase)
+        steps = (q - self.start) * (self.total / self.extent) - self.phase
+        i = np.rint(np.where(self.backwards, -steps, steps))
         i = np.fmin(np.fmax(i, 0), self.total)  # 0 where all samples are at q: that is NaN
         i += self.position(i) < q
         return np.fmin(i, self.total)
@@ -341,11 +344,12 @@ def make_runs(
     start: np.ndarray, extent: np.ndarray, total: np.ndarray, size: np.ndarray, rule: Rule
 ) -> Runs:
     """Runs of which the samples in [−margin, size − 1 + margin] count."""
-    # a RoI that ends before it begins has the same samples, counted from the other end
+    # samples of a RoI that ends before it begins are counted from the other end, but lie where the
+    # definition computes them
     backwards = extent < 0
-    start, extent = np.where(backwards, start + extent, start), np.abs(extent)
+    phase = rule.phase + np.where(backwards, total - 1, 0)
     run = Runs(
-        start, extent, total, size, rule.phase, start, start, start, start, start, start, backwards
+        start, extent, total, size, phase, start, start, start, start, start, start, backwards
     )
     first = run.before(-rule.margin)
     end = run.before(np.nextafter(size - 1 + rule.margin, np.inf))

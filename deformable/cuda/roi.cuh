@@ -56,24 +56,26 @@ __device__ __forceinline__ Box box_of(const RoIGeometry& g, const Rule& rule, co
 
 // ---- the samples of a bin along one axis
 
-// Sample i lies at start + (i + phase) * extent / total. Those in [first, end) count; of these the
-// ones in [inner, outer) lie between two pixels, the others are clamped to an outermost one.
+// Sample i lies at start + (phase +- i) * extent / total, in the order of the axis: minus where the
+// extent is negative. Those in [first, end) count; of these the ones in [inner, outer) lie between
+// two pixels, the others are clamped to an outermost one.
 struct Run {
-  double start, extent, total, phase, rate;  // samples per pixel
+  double start, extent, total, phase, rate;  // of sample 0, in steps; samples per pixel
   double first, inner, outer, end;
   int pixel, pixels;  // the first one that it sees, and how many at most
   int backwards;      // sample 0 is the last one by the definition
 
   // No fused multiply-add: the positions that the definition computes, as NumPy does
   __device__ double position(double i) const {
-    return start + __dmul_rn(i + phase, extent) / total;
+    return start + __dmul_rn(phase + (backwards ? -i : i), extent) / total;
   }
 
   // How many samples lie before q: the product is off by some rounding errors, and where that may
   // matter the position of the sample next to q decides.
   __device__ double before(double q) const {
-    const double guess = __dmul_rn(q - start, rate) - phase, nearest = rint(guess);
-    const double error = 1e-12 * ((fabs(q) + fabs(start)) * rate + 1);
+    const double steps = __dmul_rn(q - start, rate) - phase;
+    const double guess = backwards ? -steps : steps, nearest = rint(guess);
+    const double error = 1e-12 * ((fabs(q) + fabs(start)) * fabs(rate) + phase + 1);
     if (fabs(guess - nearest) > error) return fmin(fmax(ceil(guess), 0.), total);
     const double i = fmin(fmax(nearest, 0.), total);  // 0 where all samples are at q: that is NaN
     return fmin(position(i) < q ? i + 1 : i, total);
@@ -83,9 +85,11 @@ struct Run {
 // A run of which the samples in [-margin, size - 1 + margin] count.
 __device__ __forceinline__ Run make_run(double start, double extent, double total, double phase,
                                         double margin, int size) {
-  // a RoI that ends before it begins has the same samples, counted from the other end
+  // samples of a RoI that ends before it begins are counted from the other end, but lie where the
+  // definition computes them
   const bool backwards = extent < 0;
-  Run run = {backwards ? start + extent : start, fabs(extent), total, phase, total / fabs(extent)};
+  Run run = {start, extent, total, backwards ? phase + (total - 1) : phase, total / extent};
+  run.backwards = backwards;
   run.first = run.before(-margin);
   run.end = run.before(nextafter(size - 1 + margin, size + margin));
   run.inner = fmin(fmax(run.before(0), run.first), run.end);
@@ -94,7 +98,6 @@ __device__ __forceinline__ Run make_run(double start, double extent, double tota
   const double last = fmin(fmax(floor(run.position(run.end - 1)) + 1, 0.), size - 1.);
   run.pixel = static_cast<int>(first);
   run.pixels = run.end > run.first ? static_cast<int>(last - first) + 1 : 0;
-  run.backwards = backwards;
   return run;
 }
 
