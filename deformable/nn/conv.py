@@ -62,13 +62,14 @@ class Conv2d(Layer):
         dtype: Any = np.float32,
         rng: np.random.Generator | None = None,
     ) -> None:
-        check_multiples("Conv2d", groups, in_channels=in_channels, out_channels=out_channels)
-        kernel = pair("Conv2d", "kernel_size", kernel_size, least=1)
+        name = type(self).__name__
+        check_multiples(name, groups, in_channels=in_channels, out_channels=out_channels)
+        kernel = pair(name, "kernel_size", kernel_size, least=1)
         self.weight = Param(he_normal((out_channels, in_channels // groups, *kernel), dtype, rng))
         self.bias = Param(np.zeros(out_channels, dtype), decay=False) if bias else None
-        self.stride = pair("Conv2d", "stride", stride, least=1)
-        self.padding = pair("Conv2d", "padding", padding, least=0)
-        self.dilation = pair("Conv2d", "dilation", dilation, least=1)
+        self.stride = pair(name, "stride", stride, least=1)
+        self.padding = pair(name, "padding", padding, least=0)
+        self.dilation = pair(name, "dilation", dilation, least=1)
         self.groups = groups
 
     def __call__(self, x: Array) -> tuple[Array, Backward]:
