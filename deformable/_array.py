@@ -193,29 +193,3 @@ def real_number(function: str, name: str, value: float) -> float:
 def compute_dtype(dtype: np.dtype) -> np.dtype:
     """What positions, weights and sums are computed in: float32 at least."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
-
-
-def fill_channels_last(out: np.ndarray, x: np.ndarray) -> None:
-    """Copy the (N, C, H, W) image ``x`` into the (N, H, W, C) array ``out``, of any dtype.
-
-    Channels that are a power of two apart share a few lines of the cache; so few of them are
-    copied at a time then that all stay there.
-    """
-    step = 8 if x.strides[1] % 512 == 0 else x.shape[1]
-    for c in range(0, x.shape[1], step):
-        out[..., c : c + step] = x[:, c : c + step].transpose(0, 2, 3, 1)
-
-
-def channels_last(x: Array, dtype: np.dtype) -> Array:
-    """The (N, C, H, W) image as a contiguous (N, H, W, C) array; no copy if it lies so already."""
-    seen = x.transpose(0, 2, 3, 1)
-    if array_module(x) is not np or seen.flags.c_contiguous:
-        return seen.astype(dtype, order="C", copy=False)
-    out = np.empty(seen.shape, dtype)
-    fill_channels_last(out, x)
-    return out
-
-
-def channels_first(x: Array) -> Array:
-    """The (N, H, W, C) array seen as (N, C, H, W): a view."""
-    return x.transpose(0, 3, 1, 2)

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse import csr_array
 
-from deformable._array import INT32_MAX, Array, fill_channels_last
+from deformable._arrange import fill_channels_last
+from deformable._array import INT32_MAX, Array
 
 BORDER = 2
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from deformable import _cuda
+from deformable._arrange import channels_last
 from deformable._array import (
     CALLS,
     INT32_MAX,
     Array,
     array_module,
-    channels_last,
     compute_dtype,
 )
 

@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 from scipy.sparse import csr_array
 
 from deformable import _cuda
+from deformable._arrange import channels_first, cuda_rows
 from deformable._array import (
     CALLS,
     INT32_MAX,
@@ -34,7 +34,6 @@ from deformable._array import (
     Pair,
     Spec,
     array_module,
-    channels_first,
     check_dtypes,
     check_library,
     check_shape,
@@ -566,13 +565,12 @@ def matrix_bytes(at: Bins) -> np.ndarray:
     return ENTRY_BYTES * along_y * along_x + own * TAP_BYTES * (along_y + along_x)
 
 
-# ---- CUDA: cuda/roi.cu and cuda/arrange.cu
+# ---- CUDA: cuda/roi.cu
 
 RUN = 11  # doubles in a Run of cuda/roi.cuh
 REACH = 4  # ints in a Reach of cuda/roi_gather.cuh
 TILE = 16  # pixels along each axis that a bin weighs together
 TILE_WIDTH = 8  # pixels of a row whose gradients a thread sums up
-SIDE = 32  # pixels, and channels, that a block copies
 
 
 class Plan(NamedTuple):
@@ -634,71 +632,6 @@ def cuda_image(x: Array, g: RoIGeometry) -> Array:
 def cuda_output_rows(grad_y: Array, g: RoIGeometry, dtype: np.dtype) -> Array:
     """The gradient of the result as rows for a kernel, of the padded depth of ``g``."""
     return cuda_rows(grad_y, 1, g.classes, g.depth, dtype)
-
-
-def cuda_rows(array: Array, groups: int, classes: int, pitch: int, dtype: np.dtype) -> Array:
-    """The (N, C, H, W) array as rows (N · H · W · groups · classes, depth), zeros up to ``pitch``.
-
-    Channel (class · depth + d) · groups + group is channel d of a row. It is a copy unless the
-    array lies so already, as channels-last memory of one group does.
-    """
-    shape, arrange = _rows_plan(
-        groups, classes, pitch, dtype, array.shape, array.strides, array.dtype
-    )
-    if arrange is None:
-        return array.transpose(0, 2, 3, 1).reshape(shape)
-    rows = array_module(array).empty(shape, dtype)
-    arrange(array, rows)
-    return rows
-
-
-class Layout(NamedTuple):
-    """An (N, C, H, W) array, and the rows of its channels that are seen together."""
-
-    images: int
-    channels: int
-    height: int
-    width: int
-    groups: int
-    depth: int
-    pitch: int
-    step_image: np.int64
-    step_channel: np.int64
-    step_y: np.int64
-    step_x: np.int64
-
-
-@functools.lru_cache(maxsize=CALLS)
-def _rows_plan(
-    groups: int,
-    classes: int,
-    pitch: int,
-    dtype: np.dtype,
-    shape: tuple[int, int, int, int],
-    strides: tuple[int, int, int, int],
-    given: np.dtype,
-) -> tuple[tuple[int, int], _cuda.Launch | None]:
-    """The shape of the rows of an array, and the launch that copies it, if one is needed."""
-    n, c, h, w = shape
-    depth = c // (groups * classes)
-    rows = n * h * w * groups * classes, pitch
-    step_n, step_c, step_y, step_x = strides
-    split = as_strided(  # never read: how it lies is what matters
-        np.empty((), given),
-        (n, h, w, groups, classes, depth),
-        (step_n, step_y, step_x, step_c, depth * groups * step_c, groups * step_c),
-    )
-    if given == dtype and pitch == depth and split.flags.c_contiguous:
-        return rows, None
-    layout = Layout(
-        n, c, h, w, groups, depth, pitch, *(np.int64(s // given.itemsize) for s in strides)
-    )
-    row = classes * pitch
-    blocks = n * -(-h * w // SIDE) * groups * -(-row // SIDE)
-    return rows, _cuda.Launch(
-        "arrange.cu", "arrange", (blocks,), (SIDE, min(row, 8)), layout,
-        DTYPE=dtype, FROM=given, INDEX="int", VEC=1,
-    )  # fmt: skip
 
 
 def in_double(array: Array | None) -> Array | None:

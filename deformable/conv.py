@@ -15,6 +15,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from deformable import _cuda, _fused, _fused_backward
+from deformable._arrange import channels_first, channels_last, fill_channels_last
 from deformable._array import (
     CALLS,
     INT32_MAX,
@@ -22,14 +23,11 @@ from deformable._array import (
     Pair,
     Spec,
     array_module,
-    channels_first,
-    channels_last,
     check_dtypes,
     check_library,
     check_shape,
     check_wrt,
     compute_dtype,
-    fill_channels_last,
     integer,
     pair,
     specs,

@@ -18,13 +18,12 @@ from typing import NamedTuple
 import numpy as np
 
 from deformable import _cuda, _fused, _fused_backward
+from deformable._arrange import channels_first, channels_last
 from deformable._array import (
     CALLS,
     Array,
     Pair,
     array_module,
-    channels_first,
-    channels_last,
     check_dtypes,
     check_library,
     check_shape,

@@ -323,36 +323,6 @@ def test_any_memory_order_gives_the_same(name, layout, xp):
             assert_array_equal(host(xp, given[key]), before[key])
 
 
-@pytest.mark.parametrize("lay", LAYOUTS)
-@pytest.mark.parametrize(
-    ("shape", "groups", "depth", "pitch"),
-    [
-        ((2, 70, 5, 9), 1, 70, 70),
-        ((2, 36, 6, 6), 4, 3, 4),
-        ((1, 90, 7, 5), 2, 45, 48),
-        ((3, 8, 1, 1), 1, 8, 8),
-        ((2, 33, 4, 8), 1, 33, 33),
-        ((2, 64, 3, 3), 1, 64, 64),
-        ((0, 4, 3, 3), 2, 2, 2),
-        ((2, 4, 0, 3), 1, 4, 4),
-    ],
-)
-def test_rows_for_kernels_hold_what_is_seen_together(shape, groups, depth, pitch, lay, xp):
-    if xp is np:
-        pytest.skip("is for kernels")
-    x = np.random.default_rng(18).normal(size=shape).astype(np.float16)
-    n, c, h, w = shape
-    classes = c // (groups * depth)
-    want = np.zeros((n, h, w, groups, classes, pitch), np.float32)
-    split = x.reshape(n, classes, depth, groups, h, w)
-    want[..., :depth] = split.transpose(0, 4, 5, 3, 1, 2)
-    for given in xp.asarray(x), with_strides(xp, LAYOUTS[lay](x)):
-        for dtype in np.float16, np.float32:
-            rows = _roi.cuda_rows(given, groups, classes, pitch, np.dtype(dtype))
-            assert rows.dtype == dtype and rows.flags.c_contiguous
-            assert_array_equal(host(xp, rows), want.reshape(-1, pitch))
-
-
 NUMBERS = ["start", "extent", "total", "phase", "rate", "first", "inner", "outer", "end"]
 INTEGERS = ["pixel", "pixels", "backwards"]
 RUN = np.dtype({"names": NUMBERS + INTEGERS, "formats": ["f8"] * 9 + ["i4"] * 3}, align=True)

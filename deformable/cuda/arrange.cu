@@ -1,4 +1,4 @@
-// _roi.py: channels that are seen together.
+// _arrange.py: channels that are seen together.
 //
 // Macros: DTYPE, FROM (of the array), INDEX, VEC.
 #include "vector.cuh"
