@@ -62,6 +62,14 @@ def test_samples_on_the_border_count_where_the_definition_computes_them(bins, sa
     assert np.abs(host(xp, y) - want).max() <= 1e-13
 
 
+@pytest.mark.parametrize("mode", ["avg", "max"])
+@pytest.mark.parametrize("corners", [(1e300, 1, 2e300, 3), (1, 1e300, 3, 2e300)])
+def test_a_roi_that_overflows_along_one_axis_is_nan(corners, mode, xp):
+    rois = xp.asarray(np.array([[0, *corners]]))
+    y = roi_align(xp.ones((1, 2, 4, 4)), rois, 2, 1e10, 2, aligned=True, mode=mode)
+    assert np.isnan(host(xp, y)).all()
+
+
 # ---- the maximum
 
 

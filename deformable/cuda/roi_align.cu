@@ -158,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
                : kept_x < along_x.total         ? kept_x
                                                 : kept_y * kept_x;
   }
-  const bool lost = isnan(along_y.start);  // and along x: both are the RoI's
+  const bool lost = isnan(along_y.start) || isnan(along_x.start);
   const int image_index = images[bin.roi], depth = g.depth();
   for (int first = 0; first < depth; first += blockDim.x * VEC) {
     const int c = first + threadIdx.x * VEC;
