@@ -32,6 +32,12 @@ def test_import_brings_neither_cupy_nor_matplotlib():
     assert not loaded & {"cupy", "matplotlib", "sklearn", "tqdm", "mpi4py", "torch"}
 
 
+@pytest.mark.parametrize("part", ["nn", "testing", "visualize"])
+def test_parts_of_the_package_are_there_without_an_import_of_their_own(part):
+    code = f"import deformable; print(deformable.{part}.__name__, hasattr(deformable, 'other'))"
+    assert run_python(code).split() == [f"deformable.{part}", "False"]
+
+
 def test_import_takes_little_on_top_of_numpy_and_scipy():
     """Counted in modules, not in seconds: no test depends on how busy a machine is."""
     before = "import sys, numpy, scipy.sparse, numpy.lib.stride_tricks, importlib.resources"
