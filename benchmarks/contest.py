@@ -52,13 +52,14 @@ def run(description: str, output: str, cases: Iterable[Workload], invite: Invite
     """The whole program: options, measurements, records, tables."""
     options = _options(description, RESULTS / output)
     log = device_log(options)
-    words = options.only.split(",")
+    words, failed = options.only.split(","), list[str]()
     with until_interrupted():
         for case in cases:
             named = any(word in f"{case.operator} {case.label}" for word in words)
             if named and available(case.operator):
-                _measure(case.tiny() if options.tiny else case, invite, options, log)
+                _measure(case.tiny() if options.tiny else case, invite, options, log, failed)
     print(gpu_tables(log.records))
+    gpu.finish(failed)
 
 
 def device_log(options: argparse.Namespace) -> Log:
@@ -81,8 +82,10 @@ def _options(description: str, output: Path) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _measure(case: Workload, invite: Invite, options: argparse.Namespace, log: Log) -> None:
-    """All dtypes and modes of a case, on the same fresh numbers."""
+def _measure(
+    case: Workload, invite: Invite, options: argparse.Namespace, log: Log, failed: list[str]
+) -> None:
+    """All dtypes and modes of a case, on the same fresh numbers; adds to what ``failed``."""
     seed = secrets.randbits(32)
     arrays, grad_y = draw(case, np.random.default_rng(seed))
     exact = library_call(case.operator, arrays, case.keywords, grad_y)
@@ -90,7 +93,8 @@ def _measure(case: Workload, invite: Invite, options: argparse.Namespace, log: L
     for dtype in options.dtypes:
         tf32 = dtype == "tf32"
         precision = deformable.float32_precision("high" if tf32 else "highest")
-        with precision, rivals_gpu.precision(tf32):
+        attempt = gpu.attempt(f"{case.label} {dtype}", failed)
+        with attempt, precision, rivals_gpu.precision(tf32):
             runners = invite(case, arrays, grad_y, "float32" if tf32 else dtype)
             for mode in options.modes:
                 log.add(

@@ -9,7 +9,6 @@ ends, which it does not within cupy's pool.
 
 import argparse
 import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -43,23 +42,18 @@ def main() -> None:
         sys.exit("no GPU: only --tiny runs here, to try the checks out")
     if options.once and gpu.HAVE_GPU:
         cupy.cuda.set_allocator(None)
-    rows, failed = [["operator", "workload", "dtype", "error", "same bits"]], False
+    rows, failed = [["operator", "workload", "dtype", "error", "same bits"]], list[str]()
     with until_interrupted():
         for case in _cases():
             if options.once or options.tiny:
                 case = _wide(case.tiny()) if options.once else case.tiny()
-            try:
+            with gpu.attempt(case.label, failed):
                 for dtype, error, same in _check(case, options.dtypes, 1 if options.once else RUNS):
-                    wrong = not error <= LIMITS[dtype] or same < 1
-                    failed |= wrong
-                    verdict = f"{same:.0%}" + (" WRONG" if wrong else "")
-                    rows.append([case.operator, case.label, dtype, f"{error:.0e}", verdict])
-            except Exception:  # of one operator, which says nothing of the others
-                traceback.print_exc()
-                failed = True
-                rows.append([case.operator, case.label, "", "", "FAILED"])
+                    rows.append([case.operator, case.label, dtype, f"{error:.0e}", f"{same:.0%}"])
+                    if not error <= LIMITS[dtype] or same < 1:
+                        failed.append(f"{case.label} {dtype}")
     print(markdown(rows))
-    sys.exit(1 if failed else 0)
+    gpu.finish(failed)
 
 
 def _cases() -> Iterator[Workload]:

@@ -4,11 +4,13 @@ Without a GPU everything runs over the tests' substitute for cupy, so that the b
 tried out: times are then those of the host and mean nothing.
 """
 
+import contextlib
 import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +85,23 @@ def poison(size: int) -> None:
     if HAVE_GPU:  # the substitute does so by itself
         cupy.empty(size, np.uint8).fill(0xFF)
         synchronize()
+
+
+@contextlib.contextmanager
+def attempt(what: str, failed: list[str]) -> Iterator[None]:
+    """What fails in here is told and noted, and the rest goes on, as long as the device does."""
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        failed.append(what)
+        synchronize()
+
+
+def finish(failed: list[str]) -> None:
+    """End the program with an error if anything failed."""
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 # ---- clocks

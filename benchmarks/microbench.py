@@ -45,14 +45,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "microbench.jsonl")
     options = parser.parse_args()
     log = device_log(options)
-    rows = [["what", "measured"]]
-    wanted = options.only.split(",")
+    rows, failed = [["what", "measured"]], list[str]()
     with until_interrupted():
-        for name, measurement in MEASUREMENTS.items():
-            for what, measured in measurement(options) if any(w in name for w in wanted) else ():
-                log.add(measurement=name, what=what, measured=measured)
-                rows.append([what, measured])
+        for name in (n for n in MEASUREMENTS if any(word in n for word in options.only.split(","))):
+            with gpu.attempt(name, failed):
+                for what, measured in MEASUREMENTS[name](options):
+                    log.add(measurement=name, what=what, measured=measured)
+                    rows.append([what, measured])
     print(markdown(rows))
+    gpu.finish(failed)
 
 
 def _median(call: Call, options: argparse.Namespace) -> float:

@@ -52,11 +52,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "sweep.jsonl")
     options = parser.parse_args()
     log = device_log(options)
+    failed = list[str]()
     with until_interrupted():
         for case in (case for case in CASES if case.name in options.only):
             for dtype in options.dtypes:
-                _sweep(case.tiny() if options.tiny else case, dtype, options, log)
+                with gpu.attempt(f"{case.label} {dtype}", failed):
+                    _sweep(case.tiny() if options.tiny else case, dtype, options, log)
     print(markdown([["what", "measured"], *([r["what"], r["measured"]] for r in log.records)]))
+    gpu.finish(failed)
 
 
 def _sweep(case: Convolution, dtype: str, options: argparse.Namespace, log: Log) -> None:

@@ -79,16 +79,20 @@ def test_without_a_gpu_only_tiny_runs_are_allowed(program, monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("wrong", [lambda y: y * 1.01, lambda y: y * np.float32(np.nan)])
-def test_a_wrong_result_is_not_timed(wrong, monkeypatch):
+def test_a_wrong_result_is_not_timed_and_others_are(wrong, monkeypatch, capsys):
     right = deformable.deform_conv2d
 
     def forward(**arguments):
         y = right(**arguments)
-        return y if isinstance(y, np.ndarray) else wrong(y)
+        return y if isinstance(y, np.ndarray) or y.dtype == np.float16 else wrong(y)
 
     monkeypatch.setattr(deformable, "deform_conv2d", forward)
-    with pytest.raises(AssertionError, match="deformable forward is off by"):
-        compared(monkeypatch, *COMPARISONS["deform_conv2d"], "--dtypes=float32")
+    module, case = COMPARISONS["deform_conv2d"]
+    with pytest.raises(SystemExit, match=f"^failed: {case.tiny().label} float32$"):
+        compared(monkeypatch, module, case, "--dtypes=float32,float16")
+    printed = capsys.readouterr()
+    assert "deformable forward is off by" in printed.err
+    assert "float16" in printed.out and "float32" not in printed.out.partition("\n\n")[2]
 
 
 def test_what_was_measured_before_an_interrupt_is_printed(monkeypatch, capsys):
