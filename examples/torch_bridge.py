@@ -51,14 +51,17 @@ def to_tensor(array):
     return torch.from_dlpack(array)
 
 
+@contextlib.contextmanager
 def on_stream_of(tensor):
-    """A context in which CuPy uses the device and the stream that PyTorch uses."""
+    """CuPy uses the device and the stream that PyTorch (2.10 or newer) uses."""
     if not tensor.is_cuda:
-        return contextlib.nullcontext()
+        yield
+        return
     import cupy
 
     stream = torch.cuda.current_stream(tensor.device)
-    return cupy.cuda.ExternalStream(stream.cuda_stream, tensor.device.index)
+    with cupy.cuda.Device(tensor.device.index), cupy.cuda.Stream.from_external(stream):
+        yield
 
 
 def differentiable(f, f_backward):
