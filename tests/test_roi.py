@@ -362,7 +362,7 @@ def test_samples_of_a_roi_that_ends_before_it_begins_lie_where_the_definition_sa
     """On the border, the last bit of their positions decides which of them count."""
     rng, k, size = np.random.default_rng(24), 100, np.array([4, 3])
     border = np.where(rng.random((k, 2)) < 0.5, -1, size)
-    length = -rng.integers(1, 40, (k, 2)) / 4
+    length = -rng.integers(1, 400, (k, 2)) / 4
     bin_, sample = rng.integers(0, 3, (2, k, 2))
     first = border - (bin_ + (sample + 0.5) / 3) * length / 3 + 0.5
     rois = np.concatenate([np.zeros((k, 1)), first, first + length], axis=1)
