@@ -57,7 +57,7 @@ has() { "$python" -c "import $1" 2>/dev/null; }
 # Nearly all of the time goes into compiling kernels: processes share what they have compiled. Where
 # the environment is not the one that the tests were made in, a warning is not an error.
 tests() {
-  local options=(-q --tb=short --durations=10 -p no:cacheprovider -W default)
+  local options=(-q --tb=short --durations=10 -p no:cacheprovider -p no:benchmark -W default)
   has xdist && options+=(-n 12)
   has pytest_timeout && options+=(--timeout=120 --timeout-method=thread)
   OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 DEFORMABLE_REQUIRE_GPU=1 LINES_SHOWN=40 \
