@@ -105,11 +105,13 @@ class Operands(NamedTuple):
         return 1 if self.offset is None else 4
 
     @property
-    def places(self) -> Strides:
+    def offset_strides(self) -> Strides:
+        """Of the offsets; zeros if there are none."""
         return strides(self.offset)
 
     @property
-    def masks(self) -> Strides:
+    def mask_strides(self) -> Strides:
+        """Of the masks; zeros if there are none."""
         return strides(self.mask)
 
     @property
@@ -188,6 +190,7 @@ def run_length(g: "ConvGeometry") -> int:
 
 
 def is_depthwise(g: "ConvGeometry") -> bool:
+    """Whether every channel is a group of weights of its own."""
     return g.groups == g.channels > 1
 
 
@@ -266,26 +269,27 @@ class Product(NamedTuple):
 @functools.lru_cache(maxsize=CALLS)
 def product_plan(g: "ConvGeometry", o: Operands, weight: View) -> Product:
     v = variant(g, o.dtype.itemsize, o.terms, o.corners, o.processors, o.shared)
-    l, parts = v.layout, v.grid[2]  # noqa: E741
-    units = (v.grid[1] * l.steps + 1) * v.stage  # with a step of zeros behind the last one
+    layout, parts = v.layout, v.grid[2]
+    units = (v.grid[1] * layout.steps + 1) * v.stage  # with a step of zeros behind the last one
     size = g.batch * g.positions * g.out_channels
     kernel: Callable[..., _cuda.Launch] = functools.partial(
         _cuda.Launch, "fused_conv.cu",
-        TERMS=o.terms, TILE_N=v.tile_n, WARPS=v.warps, VEC=math.gcd(l.run, o.vector),
+        TERMS=o.terms, TILE_N=v.tile_n, WARPS=v.warps, VEC=math.gcd(layout.run, o.vector),
         OUT=o.dtype if parts == 1 else np.dtype(np.float32), **o.macros,
     )  # fmt: skip
     return Product(
         packed=(units, UNIT_BYTES // 4),
-        samples=(g.groups * l.slots * l.samples, 4),
+        samples=(g.groups * layout.slots * layout.samples, 4),
         parts=parts,
         pack_weights=kernel(
-            "pack_weights", (-(-units // 256),), (256,), strides(weight), g, l, units
+            "pack_weights", (-(-units // 256),), (256,), strides(weight), g, layout, units
         ),
         multiply=kernel(
-            "fused_conv", v.grid, (32, v.warps), g, l, o.places, o.masks, shared=v.shared
+            "fused_conv", v.grid, (32, v.warps),
+            g, layout, o.offset_strides, o.mask_strides, shared=v.shared,
         ),
         add_parts=kernel("add_parts", (-(-size // 256),), (256,), size, g.out_channels, parts),
-    )
+    )  # fmt: skip
 
 
 def _product(g, o, image, weight, bias, offset, mask, y):
@@ -313,7 +317,7 @@ def depthwise_launch(g: "ConvGeometry", o: Operands) -> _cuda.Launch:
     return _cuda.Launch(
         "fused_depthwise.cu", "depthwise",
         (-(-g.batch * g.positions // tile), outs, g.offset_groups), _cuda.row_block(depth // vec),
-        g, o.places, o.masks,
+        g, o.offset_strides, o.mask_strides,
         shared=tile * g.taps * sample, VEC=vec, TILE_M=tile, **o.macros,
     )  # fmt: skip
 

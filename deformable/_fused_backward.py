@@ -180,7 +180,7 @@ def weight_plan(g: "ConvGeometry", o: Operands, limit: int) -> WeightGradient:
         return (
             kernel(
                 "weight_gradient", (tiles, v.parts), (256,),
-                g, v.layout, o.places, o.masks, first, shared=v.shared,
+                g, v.layout, o.offset_strides, o.mask_strides, first, shared=v.shared,
             ),
             kernel("add_parts", (-(-size // 256),), (256,), g, v.layout, first, tiles, v.parts),
         )  # fmt: skip
@@ -272,7 +272,7 @@ def column_launch(g: "ConvGeometry", o: Operands, chunk: "Chunk") -> _cuda.Launc
     v = column_variant(g, o.dtype.itemsize, o.terms, o.processors, chunk.size)
     return _column_kernel(o, v)(
         "column_gradient", v.grid, (TILE_M,),
-        g, v.layout, o.places, o.masks, chunk.first, chunk.size, shared=v.shared,
+        g, v.layout, o.offset_strides, o.mask_strides, chunk.first, chunk.size, shared=v.shared,
     )  # fmt: skip
 
 
