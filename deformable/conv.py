@@ -36,11 +36,12 @@ from deformable._array import (
 BLOCK_BYTES = 3 << 19  # of columns alive on the CPU: about what the caches of a core hold
 LEAST_ROWS = 1024  # of a product on the CPU
 SUM_BLOCK = 32, 8  # columns, and rows at a time, of a block of cuda/bias_gradient.cu
-# What a block frees, the next one takes again. The C library returns it to the system in between,
-# and page faults cost up to a third of the time, until a larger array has been freed once: one just
-# below the 32 MiB up to which the library learns from it.
-np.empty(30 << 20, np.uint8)
 CHUNK_BYTES = 32 << 20  # of columns alive on a GPU: they stay in its L2 cache
+
+# Every block allocates what the one before has freed. glibc's malloc maps large arrays afresh each
+# time, and the page faults cost up to a third of the time, until it has freed a larger one: that
+# raises its mmap threshold, for arrays of up to 32 MiB. So one is freed here, once.
+np.empty(30 << 20, np.uint8)
 
 
 class ConvGeometry(NamedTuple):
@@ -437,7 +438,7 @@ def _numpy_backward(g, grad_y, x, weight, wanted):
     return _gradients(g, x, wanted, inside, grad_weight, grad)
 
 
-# ---- CUDA: cuda/conv.cu, and cuda/fused_conv.cu where there are tensor cores
+# ---- CUDA: cuda/conv.cu; where there are tensor cores, _fused.py and _fused_backward.py
 
 
 class Chunk(NamedTuple):
