@@ -173,12 +173,15 @@ def deform_conv2d_backward(
     also on the grid lines and at exactly −1 (Eq. 7 of arXiv 1703.06211 leaves these open): padded
     taps learn from offsets that begin at zero.
 
-    On a GPU a call allocates, beside its results, packed weights, the gradient of `x` in the dtype
-    of sums and copies of arrays that do not lie channels-last, at most ``WORKSPACE_BYTES``, 128 MB:
-    partial sums of the gradient of the weights, and later the columns and samples of a chunk of
-    positions. To these come 8 bytes per pixel and offset group of the images of a chunk, and one
-    more copy of `grad_y` if it is rounded to TF32, or if the output channels of a group are no
-    multiples of 16 bytes, to which they are filled up.
+    On a GPU a call allocates, beside its results,
+
+    - packed weights, the gradient of `x` in the dtype of sums, and copies of arrays that do not
+      lie channels-last;
+    - at most ``WORKSPACE_BYTES``, 128 MB: first for partial sums of the gradient of the weights,
+      later for the columns and samples of a chunk of positions;
+    - 8 bytes per pixel and offset group of the images of a chunk;
+    - another copy of `grad_y` if it is rounded to TF32, or if the output channels of a group do
+      not fill units of 16 bytes.
 
     Examples
     --------
@@ -350,7 +353,8 @@ def _numpy_backward(g, grad_y, x, offset, weight, mask, wanted):
     return _gradients(x, offset, mask, wanted, inside, grad_offset, grad_weight, grad, grad_mask)
 
 
-# ---- CUDA: cuda/deform_conv.cu, and cuda/fused_conv.cu where there are tensor cores
+# ---- CUDA: cuda/deform_conv.cu; where there are tensor cores, _fused.py and _fused_backward.py;
+# the gradient of the image is that of cuda/image_gradient.cu either way
 
 
 def _per_position(array, dtype):
