@@ -17,14 +17,15 @@ Pair = int | tuple[int, int]
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INT32_MAX = 2**31 - 1
-CALLS = 1024  # kinds of calls of a function, of which is kept how they are done
+# What a call is checked for and how it is launched follow from the metadata of its arrays and from
+# its options. Both are cached, for so many different calls of a function.
+CALLS = 1024
 
-
-Signature = tuple[tuple[Any, ...], ...]  # by which a call is known again
+Signature = tuple[tuple[Any, ...], ...]  # (name, shape, dtype) of each array: a key of the caches
 
 
 class Spec(NamedTuple):
-    """What of an array tells how a call is done; ``check_`` functions take it for the array."""
+    """An array without its values: ``check_`` functions take it in the place of the array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype

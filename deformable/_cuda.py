@@ -169,7 +169,8 @@ class Launch:
 def _allow_shared(kernel: Any, size: int) -> None:
     """Let a kernel have so much shared memory; what other threads launch it with stays allowed.
 
-    Without leave it has 48 KiB together with its static arrays, which is not always what it tells.
+    By default 48 KiB hold its static and its dynamic shared memory together, and the limit that it
+    reports does not always leave room for the static part: so it is set whatever the size.
     """
     with _shared_memory:
         kernel.max_dynamic_shared_size_bytes = max(size, kernel.max_dynamic_shared_size_bytes)
