@@ -127,9 +127,8 @@ __device__ __forceinline__ void load_rows(Unit (&a)[ROWS], const char* const (&r
   for (int r = 0; r < ROWS; ++r) a[r] = load_unit<UNIT, CHECKED>(rows[r] + byte, exist, UNIT);
 }
 
-// Whether a sum is NaN.
-__device__ __forceinline__ bool any_nan(const Sums& sums) {
-  bool nan = false;
+// Remembers whether a sum is NaN.
+__device__ __forceinline__ void look_for_nan(bool& nan, const Sums& sums) {
 #pragma unroll
   for (int j = 0; j < N8; ++j) {
 #pragma unroll
@@ -138,7 +137,6 @@ __device__ __forceinline__ bool any_nan(const Sums& sums) {
       for (int i = 0; i < 4; ++i) nan |= isnan(sums[j][half][i]);
     }
   }
-  return nan;
 }
 
 // Unit u of row r of a tile's sums, zeros from column `left` on.
@@ -257,10 +255,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           const u32 end = begin + l.out_units * sizeof(Unit);
           Unit next[ROWS];
           const auto load_next = [&](u32 byte) {
+            const bool exist = byte + t * sizeof(Unit) < end;
             if (byte + STEP_BYTES <= end) {
-              load_rows<false>(next, own_rows, byte, true);
+              load_rows<false>(next, own_rows, byte, exist);
             } else {
-              load_rows<true>(next, own_rows, byte, byte + t * sizeof(Unit) < end);
+              load_rows<true>(next, own_rows, byte, exist);
             }
           };
           load_next(begin);
@@ -284,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           }
           if constexpr (TERMS == 3) {
             promote<true, THREADS>(sums, totals + thread);
-            nan |= any_nan(sums);
+            look_for_nan(nan, sums);
           }
 #pragma unroll
           for (int i = 0; i < KEPT; i += THREADS) dots[i / THREADS] = kept[thread + i];
