@@ -170,7 +170,7 @@ def test_depthwise_convolution(name, dtype, operator, order, launched):
     if operator is conv2d:
         arrays, keywords = plain(arrays, keywords)
     check(operator, arrays, keywords)
-    assert launched == ["depthwise"]
+    assert launched[-1:] == ["depthwise"] and set(launched[:-1]) <= {"arrange"}
 
 
 # ---- how a convolution is cut into pieces
