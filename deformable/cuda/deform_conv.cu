@@ -31,7 +31,7 @@ __device__ __forceinline__ Sample read_sample(const ConvGeometry& g, const A* of
                 mask ? mask[at] : 1);
 }
 
-// What im2col needs of a sample: first offset of each corner's pixel in the batch, or -1.
+// What im2col needs of a sample: where each corner's pixel begins in `image`, or OUTSIDE.
 struct Plan {
   int64 pixel[4];
   A weight[4];
