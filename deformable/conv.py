@@ -320,7 +320,7 @@ def bias_gradient(grad_rows: Array, dtype: np.dtype) -> Array:
     return out
 
 
-def _gradients(g, x, wanted, grad_image, grad_weight, grad_rows):
+def _gradients(x, wanted, grad_image, grad_weight, grad_rows):
     """The wanted gradients in the dtype of ``x``."""
     return Conv2dGradients(
         x=channels_first(grad_image.astype(x.dtype, copy=False)) if "x" in wanted else None,
@@ -435,7 +435,7 @@ def _numpy_backward(g, grad_y, x, weight, wanted):
                 grad_seen[:, :, :, i, j] += grad_columns[:, :, :, i, j]
     grad_weight = unpack_weight(grad_packed, g, x.dtype)
     inside = _inside(grad_padded, g).astype(x.dtype) if "x" in wanted else None
-    return _gradients(g, x, wanted, inside, grad_weight, grad)
+    return _gradients(x, wanted, inside, grad_weight, grad)
 
 
 # ---- CUDA: cuda/conv.cu; where there are tensor cores, _fused.py and _fused_backward.py
@@ -496,7 +496,7 @@ def _cuda_backward(g, grad_y, x, weight, wanted):
         image = channels_last(x, x.dtype)
         grad = gradient_rows(grad_y, g, x.dtype)
         run = _fused_gradients if _fused_backward.covers(g, x) else _column_gradients
-        return _gradients(g, x, wanted, *run(g, grad, image, weight, wanted), grad)
+        return _gradients(x, wanted, *run(g, grad, image, weight, wanted), grad)
 
 
 def _fused_gradients(g, grad, image, weight, wanted):

@@ -387,7 +387,7 @@ def _numpy_maximum(function, g, rule, x, rois):
     image = arrange(x, g, dtype)
     y = np.empty((g.rows, g.depth), dtype)
     for rows, seen, part in blocks(g, at, _sample_bytes(g, at, dtype)):
-        samples, first, count = _samples(g, rule, part)
+        samples, first, count = _samples(rule, part)
         values = samples.pattern(g, seen, dtype).matrix() @ image[seen]
         of = segments(first, count)
         y[rows][of.order] = largest(values, of)
@@ -403,7 +403,7 @@ def _numpy_maximum_backward(function, g, rule, grad_y, x, rois):
     grad = output_rows(grad_y, g, dtype)
     grad_image = empty_image(g, dtype)
     for rows, seen, part in blocks(g, at, _sample_bytes(g, at, dtype)):
-        samples, first, count = _samples(g, rule, part)
+        samples, first, count = _samples(rule, part)
         matrix = samples.pattern(g, seen, dtype).matrix()
         values = matrix @ image[seen]
         of = segments(first, count)
@@ -416,7 +416,7 @@ def _numpy_maximum_backward(function, g, rule, grad_y, x, rois):
     return image_from_rows(grad_image.astype(x.dtype, copy=False), g)
 
 
-def _samples(g: RoIGeometry, rule: Rule, at: Bins) -> tuple[Bins, np.ndarray, np.ndarray]:
+def _samples(rule: Rule, at: Bins) -> tuple[Bins, np.ndarray, np.ndarray]:
     """Every sample of some bins as a bin of its own; which is a bin's first one, and how many.
 
     Samples are in row-major order. Those outside of the image are all 0, so the first of them
