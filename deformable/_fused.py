@@ -268,6 +268,7 @@ class Product(NamedTuple):
 
 @functools.lru_cache(maxsize=CALLS)
 def product_plan(g: "ConvGeometry", o: Operands, weight: View) -> Product:
+    """The launches of a convolution on tensor cores."""
     v = variant(g, o.dtype.itemsize, o.terms, o.corners, o.processors, o.shared)
     layout, parts = v.layout, v.grid[2]
     units = (v.grid[1] * layout.steps + 1) * v.stage  # with a step of zeros behind the last one
@@ -310,6 +311,7 @@ def _product(g, o, image, weight, bias, offset, mask, y):
 
 @functools.lru_cache(maxsize=CALLS)
 def depthwise_launch(g: "ConvGeometry", o: Operands) -> _cuda.Launch:
+    """The launch that computes a convolution with one channel per group."""
     outs, depth = g.out_channels // g.channels, g.channels // g.offset_groups
     sample = _plan_bytes(o.corners, o.dtype)
     tile = max(1, min(64, DEPTHWISE_PLAN // (g.taps * sample)))

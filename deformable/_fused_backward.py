@@ -167,6 +167,7 @@ class WeightGradient(NamedTuple):
 
 @functools.lru_cache(maxsize=CALLS)
 def weight_plan(g: "ConvGeometry", o: Operands, limit: int) -> WeightGradient:
+    """The launches for the gradient of the weights, with at most ``limit`` bytes of its parts."""
     v = weight_variant(g, o.dtype.itemsize, o.terms, o.corners, o.processors, limit)
     kernel = functools.partial(
         _cuda.Launch, "fused_weight_gradient.cu",

@@ -3,7 +3,7 @@
 A deformable layer holds two convolutions over the same input (Dai et al. 2017, arXiv 1703.06211,
 Sec. 2.1): one predicts an offset (dy, dx) for every tap at every output position, the other sums
 over the taps so displaced. Zero-initialised offsets make it an ordinary convolution at the start.
-The modulated form (Zhu et al. 2019, arXiv 1811.11168) also predicts a factor in [0, 1] per tap.
+The modulated form (Zhu et al. 2018, arXiv 1811.11168) also predicts a factor in [0, 1] per tap.
 """
 
 import math
