@@ -194,7 +194,7 @@ class _DeformPool(_Pool):
         """What the branch predicts, and the backward to the gradient of the features."""
         raise NotImplementedError
 
-    def _own(self, branch: Layer, offset_lr_mult: float) -> None:
+    def _begin_at_zero(self, branch: Layer, offset_lr_mult: float) -> None:
         """Make the parameters of an offset branch zero, and set their learning rate."""
         for param in branch.params():
             param.data = np.zeros_like(param.data)
@@ -273,7 +273,7 @@ class DeformRoIPool(_DeformPool):
         _, *bins = self.map_shape
         features = in_channels * math.prod(bins)
         self.offset_fc = Linear(features, math.prod(self.map_shape), dtype=dtype)
-        self._own(self.offset_fc, offset_lr_mult)
+        self._begin_at_zero(self.offset_fc, offset_lr_mult)
 
     def __call__(self, x: Array, rois: Array) -> tuple[Array, Backward]:
         """Pool the RoIs (K, 5) of x (N, in_channels, H, W)."""
@@ -367,7 +367,7 @@ class DeformPSRoIPool(_DeformPool):
             group_size=group_size, sampling_ratio=sampling_ratio, gamma=gamma,
         )  # fmt: skip
         self.offset_conv = Conv2d(in_channels, math.prod(self.map_shape), 1, dtype=dtype)
-        self._own(self.offset_conv, offset_lr_mult)
+        self._begin_at_zero(self.offset_conv, offset_lr_mult)
 
     def __call__(
         self, x: Array, rois: Array, features: Array | None = None
