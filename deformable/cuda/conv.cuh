@@ -42,7 +42,21 @@ __device__ __forceinline__ Tap regular_tap(const ConvGeometry& g, index_t positi
   return regular_tap(g, output_pixel(g, position), i, j);
 }
 
-// Columns lie as (groups, count, taps, channels / groups): a matrix per group of weights.
+// A sample of a chunk of positions. Samples are counted in this order, by int: a chunk is small.
+struct ChunkSample {
+  int position, group, tap;  // position within the chunk, offset group
+};
+
+__device__ __forceinline__ ChunkSample chunk_sample(const ConvGeometry& g, int sample) {
+  const int taps = g.taps(), line = sample / taps;
+  return {line / g.offset_groups, line % g.offset_groups, sample - line * taps};
+}
+
+__device__ __forceinline__ int sample_count(const ConvGeometry& g, int64 count) {
+  return static_cast<int>(count) * g.offset_groups * g.taps();
+}
+
+// Columns of a chunk lie as (groups, count, taps, channels / groups): a matrix per group of weights.
 __device__ __forceinline__ int64 column_offset(const ConvGeometry& g, int64 count, int64 position,
                                                int tap, int channel) {
   const int depth = g.channels / g.groups;

@@ -1,28 +1,14 @@
 // deform_conv.py: deformable columns, and the gradients of their offsets and masks.
 //
-// A sample is one (position, offset group, tap) of the chunk of `count` positions from `first` on;
-// samples are counted in that order, by int: a chunk is small. Layouts, all contiguous:
-//   image (N, H, W, C)   columns: conv.cuh   offset (N·Ho·Wo, G, taps, 2)   mask (N·Ho·Wo, G, taps)
+// Samples and columns of the chunk of `count` positions from `first` on: conv.cuh. All is contiguous:
+//   image (N, H, W, C)   offset (N·Ho·Wo, G, taps, 2)   mask (N·Ho·Wo, G, taps)
 // What is computed once per sample, its corners and weights, is shared by its C / G channels.
 #include "bilinear.cuh"
 #include "conv.cuh"
 
-struct SampleId {
-  int position, group, tap;  // position within the chunk
-};
-
-__device__ __forceinline__ SampleId sample_id(const ConvGeometry& g, int sample) {
-  const int taps = g.taps(), line = sample / taps;
-  return {line / g.offset_groups, line % g.offset_groups, sample - line * taps};
-}
-
-__device__ __forceinline__ int sample_count(const ConvGeometry& g, int64 count) {
-  return static_cast<int>(count) * g.offset_groups * g.taps();
-}
-
 // The sample's cell in its image; `image` receives the image it lies in.
 __device__ __forceinline__ Sample read_sample(const ConvGeometry& g, const A* offset, const A* mask,
-                                              const SampleId& id, int64 first, index_t& image) {
+                                              const ChunkSample& id, int64 first, index_t& image) {
   const index_t position = static_cast<index_t>(first) + id.position;
   const Tap tap = regular_tap(g, position, id.tap);
   const int64 at = (static_cast<int64>(position) * g.offset_groups + id.group) * g.taps() + id.tap;
@@ -49,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(256, 4)
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
   for (int i = thread; i < planned; i += blockDim.x * blockDim.y) {
     index_t n;
-    const Sample s = read_sample(g, offset, mask, sample_id(g, start + i), first, n);
+    const Sample s = read_sample(g, offset, mask, chunk_sample(g, start + i), first, n);
     for (int corner = 0; corner < 4; ++corner) {
       const index_t pixel = corner_pixel(s, corner, g.height, g.width);
       const int64 base = static_cast<int64>(n) * g.height * g.width;
@@ -61,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(256, 4)
 
   const int depth = g.channels / g.offset_groups;
   for (int i = threadIdx.y; i < planned; i += blockDim.y) {
-    const SampleId id = sample_id(g, start + i);
+    const ChunkSample id = chunk_sample(g, start + i);
     const Plan& plan = plans[i];
     for (int c = id.group * depth + threadIdx.x * VEC; c < (id.group + 1) * depth;
          c += blockDim.x * VEC) {
@@ -85,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(256, 3)
   const int samples = sample_count(g, count);
   const int sample = blockIdx.x * blockDim.y + threadIdx.y;
   // every lane of a warp stays for the shuffles; a thread row past the end only adds zeros
-  const SampleId id = sample_id(g, min(sample, samples - 1));
+  const ChunkSample id = chunk_sample(g, min(sample, samples - 1));
   index_t n;
   const Sample s = read_sample(g, offset, mask, id, first, n);
 

@@ -6,24 +6,10 @@
 // is copied into a list, by atomic operations on integers. Neither the order of a chain nor the place
 // of a list is always the same, but a list is, once it is sorted. No float is added atomically.
 //
-// A sample is one (position, offset group, tap) of the chunk of `count` positions from `first` on;
-// samples are counted in that order, by int: a chunk is small. Columns: conv.cuh.
+// Samples and columns of the chunk of `count` positions from `first` on: conv.cuh.
 //
 // Macros: DTYPE, INDEX, VEC (channels per load), OFFSET, MASK, CORNERS (4).
 #include "fused_plan.cuh"
-
-struct ChunkSample {
-  int position, group, tap;  // position within the chunk
-};
-
-__device__ __forceinline__ ChunkSample chunk_sample(const ConvGeometry& g, int sample) {
-  const int line = sample / g.taps();
-  return {line / g.offset_groups, line % g.offset_groups, sample - line * g.taps()};
-}
-
-__device__ __forceinline__ int sample_count(const ConvGeometry& g, int64 count) {
-  return static_cast<int>(count) * g.offset_groups * g.taps();
-}
 
 // An array of two ints per sample holds the links of all chains, and behind them all lists. That of
 // a cell is lists[begin] to lists[end - 1]. Before there are lists, `begin` is the number of the last
