@@ -274,9 +274,9 @@ def _round(v: np.ndarray) -> np.ndarray:
 class Runs(NamedTuple):
     """Runs of evenly spaced samples, each along one axis: (runs,) each, float64.
 
-    Sample i lies at start + (phase ± i) · extent / total, in the order of the axis: minus where the
-    extent is negative. Those in [first, end) count; of these the ones in [inner, outer) lie between
-    two pixels, the others are clamped to an outermost one.
+    Sample i lies at start + (phase + direction · i) · extent / total, in the order of the axis.
+    Those in [first, end) count; of these the ones in [inner, outer) lie between two pixels, the
+    others are clamped to an outermost one.
     """
 
     start: np.ndarray
@@ -290,19 +290,24 @@ class Runs(NamedTuple):
     end: np.ndarray
     pixel: np.ndarray  # the first one that a run sees
     pixels: np.ndarray  # how many it sees at most
-    backwards: np.ndarray  # sample 0 is the last one by the definition
+    direction: np.ndarray  # 1, or -1 where they go backwards
+
+    @property
+    def backwards(self) -> np.ndarray:
+        """Where sample 0 is the last one by the definition."""
+        return self.direction < 0
 
     def take(self, chosen: np.ndarray | slice) -> "Runs":
         return Runs._make(a[chosen] if isinstance(a, np.ndarray) else a for a in self)
 
     def position(self, i: np.ndarray) -> np.ndarray:
-        steps = np.where(self.backwards, -i, i) + self.phase
+        steps = self.direction * i + self.phase
         return self.start + steps * self.extent / self.total
 
     def before(self, q: np.ndarray | float) -> np.ndarray:
         """How many samples lie before q: the sample next to q decides by its position."""
         steps = (q - self.start) * (self.total / self.extent) - self.phase
-        i = np.rint(np.where(self.backwards, -steps, steps))
+        i = np.rint(self.direction * steps)
         i = np.fmin(np.fmax(i, 0), self.total)  # 0 where all samples are at q: that is NaN
         i += self.position(i) < q
         return np.fmin(i, self.total)
@@ -345,10 +350,10 @@ def make_runs(
     """Runs of which the samples in [−margin, size − 1 + margin] count."""
     # samples of a RoI that ends before it begins are counted from the other end, but lie where the
     # definition computes them
-    backwards = extent < 0
-    phase = rule.phase + np.where(backwards, total - 1, 0)
+    direction = np.where(extent < 0, -1.0, 1.0)
+    phase = rule.phase + np.where(extent < 0, total - 1, 0)
     run = Runs(
-        start, extent, total, size, phase, start, start, start, start, start, start, backwards
+        start, extent, total, size, phase, start, start, start, start, start, start, direction
     )
     first = run.before(-rule.margin)
     end = run.before(np.nextafter(size - 1 + rule.margin, np.inf))
