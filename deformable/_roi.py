@@ -272,7 +272,7 @@ def _round(v: np.ndarray) -> np.ndarray:
 
 
 class Runs(NamedTuple):
-    """Runs of evenly spaced samples, each along one axis: (runs,) each, float64.
+    """Runs of evenly spaced samples, each along one axis: (runs,) each, float64 but the direction.
 
     Sample i lies at start + (phase + direction · i) · extent / total, in the order of the axis.
     Those in [first, end) count; of these the ones in [inner, outer) lie between two pixels, the
@@ -350,7 +350,7 @@ def make_runs(
     """Runs of which the samples in [−margin, size − 1 + margin] count."""
     # samples of a RoI that ends before it begins are counted from the other end, but lie where the
     # definition computes them
-    direction = np.where(extent < 0, -1.0, 1.0)
+    direction = np.where(extent < 0, np.int8(-1), np.int8(1))
     phase = rule.phase + np.where(extent < 0, total - 1, 0)
     run = Runs(
         start, extent, total, size, phase, start, start, start, start, start, start, direction
