@@ -325,9 +325,13 @@ def depthwise_launch(g: "ConvGeometry", o: Operands) -> _cuda.Launch:
 
 
 def _depthwise(g, o, image, weight, bias, offset, mask, y):
-    by_tap = weight.reshape(g.channels, g.out_channels // g.channels, g.taps).transpose(1, 2, 0)
-    by_tap = array_module(image).ascontiguousarray(by_tap)
-    depthwise_launch(g, o)(image, offset, mask, by_tap, bias, y)
+    depthwise_launch(g, o)(image, offset, mask, by_tap(g, weight), bias, y)
+
+
+def by_tap(g: "ConvGeometry", weight: Array) -> Array:
+    """The weights of one channel per group as (O // C, taps, C), copied: the copy is aligned."""
+    seen = weight.reshape(g.channels, g.out_channels // g.channels, g.taps).transpose(1, 2, 0)
+    return seen.copy(order="C")
 
 
 def _plan_bytes(corners: int, dtype: np.dtype) -> int:

@@ -91,7 +91,7 @@ class Call:
 
 
 def draw_conv2d(rng):
-    n, groups, depth = int(rng.choice((0, 1, 1, 2))), *map(int, rng.integers(1, (3, 5)))
+    n, groups, depth = int(rng.choice((0, 1, 1, 2))), *map(int, rng.integers(1, 5, 2))
     kernel, out = rng.integers(1, 4, 2), groups * int(rng.integers(1, 4))
     size, numbers = draw_plane(rng, kernel)
     arrays = {
@@ -103,7 +103,7 @@ def draw_conv2d(rng):
 
 
 def draw_deform_conv2d(rng):
-    n, groups, own = int(rng.choice((0, 1, 1, 2))), *map(int, rng.integers(1, 3, 2))
+    n, groups, own = int(rng.choice((0, 1, 1, 2))), *map(int, rng.integers(1, (5, 3)))
     kernel, out = rng.integers(1, 4, 2), groups * int(rng.integers(1, 3))
     size, numbers = draw_plane(rng, kernel)
     channels, taps = groups * own * int(rng.choice((1, 2, 4))), own * int(kernel.prod())
@@ -409,8 +409,10 @@ def lay(rng, xp, value):
         else:
             stop = first - 1
             view.append(slice(last, stop if stop >= 0 else None, int(steps[axis])))
-    memory = xp.full([shape[axis] for axis in order], np.nan, value.dtype)
-    array = memory.transpose([order.index(axis) for axis in range(value.ndim)])[tuple(view)]
+    start = int(rng.integers(4))  # of elements: not where vectors of them may be loaded
+    memory = xp.full(start + math.prod(shape), np.nan, value.dtype)
+    array = memory[start:].reshape([shape[axis] for axis in order])
+    array = array.transpose([order.index(axis) for axis in range(value.ndim)])[tuple(view)]
     array[...] = xp.asarray(value[tuple(slice(0, 1) if s == 0 else slice(None) for s in steps)])
     array = xp.broadcast_to(array, value.shape)
     if xp is np and array.flags.writeable and rng.random() < 0.5:

@@ -173,6 +173,16 @@ def test_depthwise_convolution(name, dtype, operator, order, launched):
     assert launched[-1:] == ["depthwise"] and set(launched[:-1]) <= {"arrange"}
 
 
+def test_depthwise_weights_may_begin_anywhere(order):
+    """Those of one tap lie already as the kernel reads them."""
+    arrays, keywords = random_case(np.float32, c=8, o=8, groups=8, kernel=(1, 1), padding=0)
+    given = on(cupy, arrays)
+    memory = cupy.empty(9, np.float32)
+    memory[1:] = given["weight"].ravel()
+    have = deform_conv2d(**given | {"weight": memory[1:].reshape(8, 1, 1, 1)}, **keywords)
+    assert_array_equal(have.get(), deform_conv2d(**given, **keywords).get())
+
+
 # ---- how a convolution is cut into pieces
 
 
