@@ -158,12 +158,15 @@ def covers(g: "ConvGeometry", x: Array) -> bool:
 @functools.lru_cache(maxsize=CALLS)
 def _covers(g: "ConvGeometry", dtype: np.dtype, capability: str) -> bool:
     rows = g.batch * g.height * g.width * (g.channels // run_length(g))
-    if max(rows, g.batch * g.positions) > INT32_MAX - 128:  # they count by int, up to a tile's end
+    most = INT32_MAX - _cuda.THREADS  # they count by int, up to a tile's end
+    if max(rows, g.batch * g.positions) > most:
         return False
     if is_depthwise(g):
         blocks = max(g.offset_groups, g.out_channels // g.channels)
-        return blocks <= GRID_MAX and g.taps * _plan_bytes(4, dtype) <= DEPTHWISE_PLAN
-    return dtype != np.float64 and int(capability) >= TENSOR_CORES and g.out_channels <= GRID_MAX
+        fits = g.taps * _plan_bytes(4, dtype) <= DEPTHWISE_PLAN
+        return blocks <= GRID_MAX and g.out_channels * g.taps <= most and fits
+    blocks = max(g.offset_groups, g.out_channels)
+    return dtype != np.float64 and int(capability) >= TENSOR_CORES and blocks <= GRID_MAX
 
 
 def convolve(
@@ -319,8 +322,8 @@ def depthwise_launch(g: "ConvGeometry", o: Operands) -> _cuda.Launch:
     return _cuda.Launch(
         "fused_depthwise.cu", "depthwise",
         (-(-g.batch * g.positions // tile), outs, g.offset_groups), _cuda.row_block(depth // vec),
-        g, o.offset_strides, o.mask_strides,
-        shared=tile * g.taps * sample, VEC=vec, TILE_M=tile, **o.macros,
+        g, o.offset_strides, o.mask_strides, tile,
+        shared=tile * g.taps * sample, VEC=vec, **o.macros,
     )  # fmt: skip
 
 

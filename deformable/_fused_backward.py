@@ -1,7 +1,8 @@
-"""Gradients of convolutions without a column buffer, on tensor cores.
+"""Gradients of convolutions without a column buffer.
 
-``cuda/fused_weight_gradient.cu`` and ``cuda/fused_column_gradient.cu`` say how they work. Here a
-convolution is cut into pieces for them, as ``_fused.py`` does for the forward.
+``cuda/fused_weight_gradient.cu`` and ``cuda/fused_column_gradient.cu``, on tensor cores, say how
+they work, and so does ``cuda/fused_depthwise.cu`` for one channel per group. Here a convolution is
+cut into pieces for them, as ``_fused.py`` does for the forward.
 """
 
 import functools
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from deformable import _cuda, _fused
-from deformable._array import CALLS, Array, array_module
+from deformable._array import CALLS, Array, array_module, compute_dtype
 from deformable._fused import Operands, View, strides, view
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ UNITS = 16  # of 16 bytes, of columns of a tile
 PLANS = 512  # samples that a block plans at once, at most
 LEAST_STAGES = 16  # of a block where sums are split
 TILE_M = 128  # positions of a tile of columns
+BLOCKS = 8  # of a multiprocessor, among which sums of one channel per group are split
 
 
 class WeightLayout(NamedTuple):
@@ -82,9 +84,7 @@ class ColumnVariant(NamedTuple):
     layout: ColumnLayout
 
 
-def covers(g: "ConvGeometry", x: Array) -> bool:
-    """Whether these kernels compute the gradients of this convolution on the device of ``x``."""
-    return _fused.covers(g, x) and g.offset_groups <= _fused.GRID_MAX and not _fused.is_depthwise(g)
+# ---- on tensor cores
 
 
 @functools.lru_cache(maxsize=CALLS)
@@ -291,3 +291,42 @@ def pack_weights(g: "ConvGeometry", o: Operands, weight: Array) -> Array:
     packed = array_module(weight).empty(shape, np.uint32)
     pack(weight, packed)
     return packed
+
+
+# ---- one channel per group
+
+
+@functools.lru_cache(maxsize=CALLS)
+def depthwise_plan(
+    g: "ConvGeometry", o: Operands, vector: int
+) -> tuple[tuple[int, int], _cuda.Launch]:
+    """The shape of the parts of the gradient of the weights, and the launch that adds them up."""
+    depth, positions = g.channels // g.offset_groups, g.batch * g.positions
+    vec = math.gcd(depth, vector)
+    lanes, rows = _cuda.row_block(depth // vec)
+    slabs = -(-depth // (lanes * vec))
+    blocks = g.offset_groups * slabs * (g.out_channels // g.channels) * g.taps
+    most = min(positions // _cuda.THREADS, BLOCKS * o.processors // blocks)
+    split = max(1, -(-positions // max(1, most)))
+    parts = -(-positions // split)
+    return (parts, g.out_channels * g.taps), _cuda.Launch(
+        "fused_depthwise.cu", "depthwise_weight_gradient", (blocks, parts), (lanes, rows),
+        g, o.offset_strides, o.mask_strides, split, VEC=vec, **o.macros,
+    )  # fmt: skip
+
+
+def depthwise_parts(
+    g: "ConvGeometry",
+    o: Operands,
+    grad_y: Array,
+    image: Array,
+    offset: Array | None = None,
+    mask: Array | None = None,
+) -> Array:
+    """The gradients (parts, O · taps) of the weights by parts of the positions."""
+    xp, sums = array_module(image), compute_dtype(image.dtype)
+    vector = _cuda.vector_width(o.vector, grad_y)
+    shape, add_up = depthwise_plan(g, o, vector)
+    parts = xp.empty(shape, sums)
+    add_up(grad_y, image, offset, mask, parts)
+    return parts

@@ -35,7 +35,7 @@ from deformable._array import (
 
 BLOCK_BYTES = 3 << 19  # of columns alive on the CPU: about what the caches of a core hold
 LEAST_ROWS = 1024  # of a product on the CPU
-SUM_BLOCK = 32, 8  # columns, and rows at a time, of a block of cuda/bias_gradient.cu
+SUM_BLOCK = 32, 8  # columns, and rows at a time, of a block of cuda/sum_rows.cu
 CHUNK_BYTES = 32 << 20  # of columns alive on a GPU: they stay in its L2 cache
 
 # Every block allocates what the one before has freed. glibc's malloc maps large arrays afresh each
@@ -308,14 +308,14 @@ def gradient_rows(grad_y: Array, g: ConvGeometry, dtype: np.dtype) -> Array:
     return channels_last(grad_y, dtype).reshape(-1, g.out_channels)
 
 
-def bias_gradient(grad_rows: Array, dtype: np.dtype) -> Array:
-    """The sum of the output rows, in float32 at least."""
-    xp, sums = array_module(grad_rows), compute_dtype(dtype)
+def sum_rows(rows: Array, dtype: np.dtype) -> Array:
+    """The sum of the rows of a matrix in this dtype, made in float32 at least."""
+    xp, sums = array_module(rows), compute_dtype(dtype)
     if xp is np:
-        return grad_rows.sum(axis=0, dtype=sums).astype(dtype, copy=False)
-    shape, sum_parts, add_parts = _bias_plan(grad_rows.shape, dtype)
+        return rows.sum(axis=0, dtype=sums).astype(dtype, copy=False)
+    shape, sum_parts, add_parts = _sum_plan(rows.shape, rows.dtype, dtype)
     parts, out = xp.empty(shape, sums), xp.empty(shape[1], dtype)
-    sum_parts(grad_rows, parts)
+    sum_parts(rows, parts)
     add_parts(parts, out)
     return out
 
@@ -325,7 +325,7 @@ def _gradients(x, wanted, grad_image, grad_weight, grad_rows):
     return Conv2dGradients(
         x=channels_first(grad_image.astype(x.dtype, copy=False)) if "x" in wanted else None,
         weight=grad_weight if "weight" in wanted else None,
-        bias=bias_gradient(grad_rows, x.dtype) if "bias" in wanted else None,
+        bias=sum_rows(grad_rows, x.dtype) if "bias" in wanted else None,
     )
 
 
@@ -495,7 +495,9 @@ def _cuda_backward(g, grad_y, x, weight, wanted):
     with x.device:
         image = channels_last(x, x.dtype)
         grad = gradient_rows(grad_y, g, x.dtype)
-        run = _fused_gradients if _fused_backward.covers(g, x) else _column_gradients
+        run = _column_gradients
+        if _fused.covers(g, x):
+            run = _depthwise_gradients if _fused.is_depthwise(g) else _fused_gradients
         return _gradients(x, wanted, *run(g, grad, image, weight, wanted), grad)
 
 
@@ -515,8 +517,35 @@ def _fused_gradients(g, grad, image, weight, wanted):
             grad_columns = xp.empty(chunk.columns, image.dtype)
             column_gradient = _fused_backward.column_launch(g, o, chunk)
             column_gradient(grad, image, None, None, packed, grad_columns, None, None)
-            _col2im_launch(g, image.dtype, chunk)(grad_columns, grad_image)
+            _col2im_launch(g, image.dtype, chunk)(grad_columns, None, grad_image)
     return grad_image, grad_weight
+
+
+def _depthwise_gradients(g, grad, image, weight, wanted):
+    """The gradients with one channel per group, whose columns never lie in memory."""
+    xp, grad_image, grad_weight = array_module(image), None, None
+    if "weight" in wanted:
+        o = _fused.operands(image, None, None)
+        grad_weight = depthwise_weight_gradient(g, o, grad, image, weight)
+    if "x" in wanted:
+        grad_image = xp.empty(image.shape, compute_dtype(image.dtype))
+        col2im = _col2im_launch(g, image.dtype, Chunk(0, len(grad), ()), _cuda.vector(grad))
+        col2im(grad, _fused.by_tap(g, weight), grad_image)
+    return grad_image, grad_weight
+
+
+def depthwise_weight_gradient(
+    g: ConvGeometry,
+    o: _fused.Operands,
+    grad_rows: Array,
+    image: Array,
+    weight: Array,
+    offset: Array | None = None,
+    mask: Array | None = None,
+) -> Array:
+    """The gradient of ``weight`` with one channel per group."""
+    parts = _fused_backward.depthwise_parts(g, o, grad_rows, image, offset, mask)
+    return sum_rows(parts, weight.dtype).reshape(weight.shape)
 
 
 def _column_gradients(g, grad, image, weight, wanted):
@@ -533,7 +562,7 @@ def _column_gradients(g, grad, image, weight, wanted):
         if "x" in wanted:
             grad_columns = xp.empty(chunk.columns, image.dtype)
             _cuda.gemm(grad_out, packed, out=grad_columns)
-            _col2im_launch(g, image.dtype, chunk)(grad_columns, grad_image)
+            _col2im_launch(g, image.dtype, chunk)(grad_columns, None, grad_image)
     return grad_image, unpack_weight(grad_packed, g, image.dtype) if "weight" in wanted else None
 
 
@@ -542,7 +571,7 @@ def _im2col_launch(g: ConvGeometry, dtype: np.dtype, vector: int, chunk: Chunk) 
     vec = math.gcd(g.channels // g.groups, vector)
     return _cuda.row_launch(
         "conv.cu", "im2col", chunk.size * g.taps, g.channels // vec, g, chunk.first, chunk.size,
-        DTYPE=dtype, VEC=vec, INDEX=index_type(g),
+        DTYPE=dtype, VEC=vec, DEPTHWISE=0, INDEX=index_type(g),
     )  # fmt: skip
 
 
@@ -553,28 +582,43 @@ def _im2col(g, image, chunk):
 
 
 @functools.lru_cache(maxsize=CALLS)
-def _col2im_launch(g: ConvGeometry, dtype: np.dtype, chunk: Chunk) -> _cuda.Launch:
-    images = chunk.images(g)
-    vec = math.gcd(g.channels // g.groups, _cuda.LOAD_BYTES // dtype.itemsize)
+def _col2im_launch(
+    g: ConvGeometry, dtype: np.dtype, chunk: Chunk, rows_vector: int = 0
+) -> _cuda.Launch:
+    images, macros = chunk.images(g), column_macros(g, dtype, rows_vector)
     return _cuda.row_launch(
-        "conv.cu", "col2im", len(images) * g.height * g.width, g.channels // vec,
+        "conv.cu", "col2im", len(images) * g.height * g.width, g.channels // macros["VEC"],
         g, len(images), images.start, chunk.first, chunk.size,
-        DTYPE=dtype, VEC=vec, INDEX=index_type(g),
+        DTYPE=dtype, INDEX=index_type(g), **macros,
     )  # fmt: skip
 
 
+def column_macros(
+    g: ConvGeometry, dtype: np.dtype, rows_vector: int, *vectors: int
+) -> dict[str, int]:
+    """Where kernels find the gradients of columns, and how many channels they load at once.
+
+    They lie in memory if ``rows_vector`` is 0. Otherwise, with one channel per group, they are made
+    of the gradient of the output rows, of which a load takes so many elements at most; ``vectors``
+    is the same of other arrays.
+    """
+    run = g.channels // g.offset_groups if rows_vector else _fused.run_length(g)
+    most = rows_vector or _cuda.LOAD_BYTES // dtype.itemsize
+    return {"DEPTHWISE": int(rows_vector > 0), "VEC": math.gcd(run, most, *vectors)}
+
+
 @functools.lru_cache(maxsize=CALLS)
-def _bias_plan(
-    shape: tuple[int, int], dtype: np.dtype
+def _sum_plan(
+    shape: tuple[int, int], given: np.dtype, dtype: np.dtype
 ) -> tuple[tuple[int, int], _cuda.Launch, _cuda.Launch]:
     """The launches that add up rows, about as many parts as a part has rows, and then the parts."""
     rows, columns = shape
     split = max(1, math.isqrt(rows), -(-rows // _fused.GRID_MAX))
     parts, strips = max(1, -(-rows // split)), -(-columns // SUM_BLOCK[0])
     sums = compute_dtype(dtype)
-    kernel = functools.partial(_cuda.Launch, "bias_gradient.cu", "sum_rows", INDEX="int", VEC=1)
+    kernel = functools.partial(_cuda.Launch, "sum_rows.cu", "sum_rows", INDEX="int", VEC=1)
     return (
         (parts, columns),
-        kernel((strips, parts), SUM_BLOCK, rows, columns, split, DTYPE=dtype, OUT=sums),
+        kernel((strips, parts), SUM_BLOCK, rows, columns, split, DTYPE=given, OUT=sums),
         kernel((strips, 1), SUM_BLOCK, parts, columns, parts, DTYPE=sums, OUT=dtype),
     )

@@ -11,7 +11,6 @@ out as columns, are multiplied with the weights as in any convolution.
 """
 
 import functools
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -32,22 +31,24 @@ from deformable._array import (
     specs,
 )
 from deformable._bilinear import bordered, locate, without_border
-from deformable._fused import View, run_length, strides, view
+from deformable._fused import Operands
 from deformable.conv import (
     Chunk,
     ConvGeometry,
-    bias_gradient,
     blocks,
     by_group,
     chunks,
+    column_macros,
     columns_by_group,
     columns_from_groups,
     conv_geometry,
     conv_grid,
+    depthwise_weight_gradient,
     gradient_rows,
     image_rows,
     index_type,
     pack_weight,
+    sum_rows,
     tap_slices,
     unpack_weight,
     unpacked,
@@ -236,7 +237,7 @@ def _gradients(x, offset, mask, wanted, grad_image, grad_offset, grad_weight, gr
         x=gradient("x", grad_image, x),
         offset=gradient("offset", grad_offset, offset),
         weight=grad_weight if "weight" in wanted else None,
-        bias=bias_gradient(grad_rows, x.dtype) if "bias" in wanted else None,
+        bias=sum_rows(grad_rows, x.dtype) if "bias" in wanted else None,
         mask=gradient("mask", grad_mask, mask),
     )
 
@@ -357,22 +358,16 @@ def _numpy_backward(g, grad_y, x, offset, weight, mask, wanted):
 # the gradient of the image is that of cuda/image_gradient.cu either way
 
 
-def _per_position(array, dtype):
-    """Offsets or masks as the kernels read them: (N, Ho, Wo, channels) in the dtype of sums."""
-    return None if array is None else channels_last(array, dtype)
-
-
 def _cuda_forward(g, x, offset, weight, bias, mask):
     with x.device:
         if _fused.covers(g, x):
             return image_rows(_fused.convolve(g, x, weight, bias, offset, mask), g)
-        dtype = compute_dtype(x.dtype)
         image = channels_last(x, x.dtype)
-        offset, mask = _per_position(offset, dtype), _per_position(mask, dtype)
+        o = _fused.operands(image, offset, mask)
         packed = pack_weight(weight, g, x.dtype)
         y = array_module(x).empty((g.batch * g.positions, g.out_channels), x.dtype)
         for chunk in _chunks(g, x):
-            columns = _im2col(g, image, offset, mask, chunk)
+            columns = _im2col(g, o, image, offset, mask, chunk)
             _cuda.gemm(columns, packed.mT, out=by_group(chunk.rows(y), g))
         if bias is not None:
             y += bias
@@ -380,41 +375,47 @@ def _cuda_forward(g, x, offset, weight, bias, mask):
 
 
 def _cuda_backward(g, grad_y, x, offset, weight, mask, wanted):
+    xp, fill = array_module(x), _column_gradients
     with x.device:
+        if _fused.covers(g, x):
+            fill = _depthwise_gradients if _fused.is_depthwise(g) else _fused_gradients
         image = channels_last(x, x.dtype)
         grad = gradient_rows(grad_y, g, x.dtype)
-        run = _fused_gradients if _fused_backward.covers(g, x) else _column_gradients
-        grads = run(g, grad, image, offset, weight, mask, wanted)
-        return _gradients(x, offset, mask, wanted, *grads)
+        size = (g.batch, g.out_height, g.out_width)
+        grad_image = grad_offset = grad_mask = None
+        if "x" in wanted:
+            grad_image = xp.empty(image.shape, compute_dtype(x.dtype))
+        if wanted & {"offset", "mask"}:
+            grad_offset = xp.empty((*size, offset.shape[1]), offset.dtype)
+        if "mask" in wanted:
+            grad_mask = xp.empty((*size, mask.shape[1]), mask.dtype)
+        o, out = _fused.operands(image, offset, mask), (grad_image, grad_offset, grad_mask)
+        grad_weight = fill(g, o, grad, image, offset, weight, mask, "weight" in wanted, out)
+        return _gradients(
+            x, offset, mask, wanted, grad_image, grad_offset, grad_weight, grad, grad_mask
+        )
 
 
-def _fused_gradients(g, grad, image, offset, weight, mask, wanted):
-    """The gradients by kernels that make, or use up, columns in registers."""
-    xp, dtype = array_module(image), compute_dtype(image.dtype)
-    grad_image = grad_offset = grad_weight = grad_mask = None
-    o = _fused.operands(image, offset, mask)
-    of_samples = wanted & {"offset", "mask"}
-    if wanted - {"bias"}:
+def _fused_gradients(g, o, grad, image, offset, weight, mask, weight_wanted, out):
+    """Fill in gradients, and answer the weight's: columns are made, or used up, in registers."""
+    xp, grad_weight = array_module(image), None
+    grad_image, grad_offset, grad_mask = out
+    of_image, of_samples = grad_image is not None, grad_offset is not None
+    if weight_wanted or of_image or of_samples:
         rows = _fused_backward.pack_rows(g, o, grad)
-    if "weight" in wanted:
+    if weight_wanted:
         grad_weight = _fused_backward.weight_gradient(g, o, rows, image, weight, offset, mask)
-    size = (g.batch, g.out_height, g.out_width)
-    if of_samples:
-        grad_offset = xp.empty((*size, offset.shape[1]), offset.dtype)
-    if "mask" in wanted:
-        grad_mask = xp.empty((*size, mask.shape[1]), mask.dtype)
-    if "x" in wanted or of_samples:
+    if of_image or of_samples:
         given = rows, image, offset, mask, _fused_backward.pack_weights(g, o, weight)
-    if "x" in wanted:
-        grad_image = xp.empty(image.shape, dtype)
+    if of_image:
         for columns, column_gradient, image_gradient in _fused_chunks(g, o, _chunks(g, image)):
             grad_columns = xp.empty(columns, image.dtype)
             column_gradient(*given, grad_columns, grad_offset, grad_mask)
-            image_gradient(offset, mask, grad_columns, grad_image)
+            image_gradient(offset, mask, grad_columns, None, grad_image)
     elif of_samples:
         column_gradient = _fused_backward.column_launch(g, o, Chunk(0, len(grad), ()))
         column_gradient(*given, None, grad_offset, grad_mask)
-    return grad_image, grad_offset, grad_weight, grad, grad_mask
+    return grad_weight
 
 
 @functools.lru_cache(maxsize=CALLS)
@@ -424,38 +425,48 @@ def _fused_chunks(g, o, chunks):
         (
             chunk.columns,
             _fused_backward.column_launch(g, o, chunk),
-            _image_gradient(g, o.dtype, o.offset, o.mask, chunk),
+            _image_gradient(g, o, chunk),
         )
         for chunk in chunks
     )
 
 
-def _column_gradients(g, grad, image, offset, weight, mask, wanted):
-    """The gradients by way of columns, chunk by chunk, and products of the BLAS."""
-    xp, dtype = array_module(image), compute_dtype(image.dtype)
-    places = _per_position(offset, dtype)
-    masks = _per_position(mask, dtype)
+def _depthwise_gradients(g, o, grad, image, offset, weight, mask, weight_wanted, out):
+    """The same with one channel per group, whose columns never lie in memory."""
+    grad_image, grad_offset, grad_mask = out
+    by_tap, vector = _fused.by_tap(g, weight), _cuda.vector(grad)
+    for chunk in chunks(g, g.offset_groups * LISTED_BYTES):
+        if grad_offset is not None:
+            offset_gradient = _offset_gradient(g, o, chunk, vector)
+            offset_gradient(image, offset, mask, grad, by_tap, grad_offset, grad_mask)
+        if grad_image is not None:
+            image_gradient = _image_gradient(g, o, chunk, vector)
+            image_gradient(offset, mask, grad, by_tap, grad_image)
+    if not weight_wanted:
+        return None
+    return depthwise_weight_gradient(g, o, grad, image, weight, offset, mask)
+
+
+def _column_gradients(g, o, grad, image, offset, weight, mask, weight_wanted, out):
+    """The same by way of columns, chunk by chunk, and products of the BLAS."""
+    xp = array_module(image)
+    grad_image, grad_offset, grad_mask = out
     packed = pack_weight(weight, g, image.dtype)
-    grad_packed = xp.zeros(packed.shape, dtype)
-    grad_image = xp.empty(image.shape, dtype) if "x" in wanted else None
-    grad_offset = xp.empty(places.shape, dtype)
-    grad_mask = None if mask is None else xp.empty(masks.shape, dtype)
+    grad_packed = xp.zeros(packed.shape, compute_dtype(image.dtype))
     for chunk in _chunks(g, image):
         grad_out = by_group(chunk.rows(grad), g)
-        if "weight" in wanted:
-            columns = _im2col(g, image, places, masks, chunk)
+        if weight_wanted:
+            columns = _im2col(g, o, image, offset, mask, chunk)
             _cuda.gemm(grad_out.mT, columns, grad_packed, accumulate=True)
-        if wanted & {"x", "offset", "mask"}:
+        if grad_image is not None or grad_offset is not None:
             grad_columns = xp.empty(chunk.columns, image.dtype)
             _cuda.gemm(grad_out, packed, out=grad_columns)
-        if wanted & {"offset", "mask"}:
-            launch = _offset_gradient_launch(g, image.dtype, _cuda.vector(image), chunk)
-            launch(image, places, masks, grad_columns, grad_offset, grad_mask)
-        if "x" in wanted:
-            add_gradient = _image_gradient(g, image.dtype, view(offset), view(mask), chunk)
-            add_gradient(offset, mask, grad_columns, grad_image)
-    grad_weight = unpack_weight(grad_packed, g, image.dtype) if "weight" in wanted else None
-    return grad_image, grad_offset, grad_weight, grad, grad_mask
+        if grad_offset is not None:
+            offset_gradient = _offset_gradient(g, o, chunk)
+            offset_gradient(image, offset, mask, grad_columns, None, grad_offset, grad_mask)
+        if grad_image is not None:
+            _image_gradient(g, o, chunk)(offset, mask, grad_columns, None, grad_image)
+    return unpack_weight(grad_packed, g, image.dtype) if weight_wanted else None
 
 
 def _chunks(g, like):
@@ -463,37 +474,41 @@ def _chunks(g, like):
     return chunks(g, g.channels * like.itemsize + g.offset_groups * LISTED_BYTES)
 
 
-def _macros(g, dtype, vec):
-    return {"DTYPE": dtype, "VEC": vec, "INDEX": index_type(g), "SAMPLES": SAMPLES}
-
-
-@functools.lru_cache(maxsize=CALLS)
-def _im2col_launch(g: ConvGeometry, dtype: np.dtype, vector: int, chunk: Chunk) -> _cuda.Launch:
-    vec = math.gcd(run_length(g), vector)
-    return _cuda.Launch(
-        "deform_conv.cu", "im2col",
-        (-(-chunk.size * g.offset_groups * g.taps // SAMPLES),),
-        _cuda.row_block(g.channels // g.offset_groups // vec),
-        g, chunk.first, chunk.size, **_macros(g, dtype, vec),
+def _kernel(g, o, file, **macros):
+    """A function that answers launches of this file."""
+    return functools.partial(
+        _cuda.Launch, file,
+        DTYPE=o.dtype, INDEX=index_type(g),
+        OFFSET=o.offset.dtype, MASK=(o.mask or o.offset).dtype, **macros,
     )  # fmt: skip
 
 
-def _im2col(g, image, offset, mask, chunk):
+@functools.lru_cache(maxsize=CALLS)
+def _im2col_launch(g: ConvGeometry, o: Operands, chunk: Chunk) -> _cuda.Launch:
+    macros = column_macros(g, o.dtype, 0, o.vector)
+    return _kernel(g, o, "deform_conv.cu", SAMPLES=SAMPLES, **macros)(
+        "im2col",
+        (-(-chunk.size * g.offset_groups * g.taps // SAMPLES),),
+        _cuda.row_block(g.channels // g.offset_groups // macros["VEC"]),
+        g, o.offset_strides, o.mask_strides, chunk.first, chunk.size,
+    )  # fmt: skip
+
+
+def _im2col(g, o, image, offset, mask, chunk):
     columns = array_module(image).empty(chunk.columns, image.dtype)
-    launch = _im2col_launch(g, image.dtype, _cuda.vector(image), chunk)
-    launch(image, offset, mask, columns)
+    _im2col_launch(g, o, chunk)(image, offset, mask, columns)
     return columns
 
 
 @functools.lru_cache(maxsize=CALLS)
-def _offset_gradient_launch(
-    g: ConvGeometry, dtype: np.dtype, vector: int, chunk: Chunk
+def _offset_gradient(
+    g: ConvGeometry, o: Operands, chunk: Chunk, rows_vector: int = 0
 ) -> _cuda.Launch:
-    vec = math.gcd(run_length(g), vector)
-    return _cuda.row_launch(
-        "deform_conv.cu", "offset_gradient",
-        chunk.size * g.offset_groups * g.taps, g.channels // g.offset_groups // vec,
-        g, chunk.first, chunk.size, **_macros(g, dtype, vec),
+    macros = column_macros(g, o.dtype, rows_vector, o.vector)
+    lanes, rows = _cuda.row_block(g.channels // g.offset_groups // macros["VEC"])
+    return _kernel(g, o, "deform_conv.cu", SAMPLES=SAMPLES, **macros)(
+        "offset_gradient", (-(-chunk.size * g.offset_groups * g.taps // rows),), (lanes, rows),
+        g, o.offset_strides, o.mask_strides, chunk.first, chunk.size,
     )  # fmt: skip
 
 
@@ -507,7 +522,12 @@ class ImageGradient(NamedTuple):
     gather: _cuda.Launch
 
     def __call__(
-        self, offset: Array, mask: Array | None, grad_columns: Array, grad_image: Array
+        self,
+        offset: Array,
+        mask: Array | None,
+        grad_rows: Array,
+        by_tap: Array | None,
+        grad_image: Array,
     ) -> None:
         """Gather the gradient of the pixels that the columns have seen, and add it."""
         xp = array_module(offset)
@@ -516,29 +536,25 @@ class ImageGradient(NamedTuple):
         weights = xp.empty((self.samples, 4), grad_image.dtype)
         self.link_samples(offset, mask, cells, links, weights)
         self.list_samples(links, cells)
-        self.gather(grad_columns, cells, links, weights, grad_image)
+        self.gather(grad_rows, by_tap, cells, links, weights, grad_image)
 
 
 @functools.lru_cache(maxsize=CALLS)
 def _image_gradient(
-    g: ConvGeometry, dtype: np.dtype, offset: View, mask: View | None, chunk: Chunk
+    g: ConvGeometry, o: Operands, chunk: Chunk, rows_vector: int = 0
 ) -> ImageGradient:
     first, count, images = chunk.first, chunk.size, chunk.images(g)
     samples = count * g.offset_groups * g.taps
     cells = len(images) * g.offset_groups * (g.height + 1) * (g.width + 1)
-    vec = math.gcd(run_length(g), _cuda.LOAD_BYTES // dtype.itemsize)
-    kernel = functools.partial(
-        _cuda.Launch, "image_gradient.cu",
-        DTYPE=dtype, INDEX=index_type(g), VEC=vec, CORNERS=4,
-        OFFSET=offset.dtype, MASK=(mask or offset).dtype,
-    )  # fmt: skip
-    lanes, rows = _cuda.row_block(g.channels // vec)
+    macros = column_macros(g, o.dtype, rows_vector)
+    kernel = _kernel(g, o, "image_gradient.cu", **macros)
+    lanes, rows = _cuda.row_block(g.channels // macros["VEC"])
     return ImageGradient(
         samples,
         cells,
         kernel(
             "link_samples", (-(-samples // _cuda.THREADS),), (_cuda.THREADS,),
-            g, strides(offset), strides(mask), images.start, first, count,
+            g, o.offset_strides, o.mask_strides, images.start, first, count,
         ),
         kernel("list_samples", (-(-cells // _cuda.THREADS),), (_cuda.THREADS,), samples, cells),
         kernel(

@@ -7,7 +7,7 @@ from numpy.testing import assert_array_equal
 import deformable
 from deformable import _fused, conv2d, conv2d_backward
 from deformable._array import FLOATS
-from deformable.conv import Chunk, ConvGeometry, bias_gradient, conv_geometry, index_type
+from deformable.conv import Chunk, ConvGeometry, conv_geometry, index_type, sum_rows
 from deformable.testing import check_backward
 from tests import reference
 from tests.arrays import host, on
@@ -161,14 +161,15 @@ def test_the_gradient_of_a_bias_is_the_sum_of_all_rows(shape, dtype, xp):
     """Of integers, all of whose sums are exact in float32."""
     kind = np.dtype(getattr(pytest.importorskip("ml_dtypes"), dtype, dtype))
     rows = np.random.default_rng(5).integers(-4, 5, shape)
-    have = host(xp, bias_gradient(xp.asarray(rows.astype(kind)), kind))
+    have = host(xp, sum_rows(xp.asarray(rows.astype(kind)), kind))
     assert have.dtype == kind
     assert_array_equal(have, rows.sum(axis=0).astype(kind))
 
 
 @pytest.mark.parametrize("rows", [1, 65535**2, 65536**2, 1 << 40])
 def test_parts_of_rows_are_no_more_than_blocks_that_a_grid_has(rows):
-    (parts, _), sum_parts, _ = deformable.conv._bias_plan((rows, 1), np.dtype(np.float16))
+    half = np.dtype(np.float16)
+    (parts, _), sum_parts, _ = deformable.conv._sum_plan((rows, 1), half, half)
     assert sum_parts.grid == (1, parts) and parts <= 65535
     split = int(sum_parts.values[2])
     assert (parts - 1) * split < rows <= parts * split
@@ -199,7 +200,7 @@ def last_rows(xp, height):
     columns = deformable.conv._im2col(g, image, chunk)
     grad_image = xp.zeros((1, height, 8, 1), np.float32)
     with configure(last_blocks=1):  # of 256 pixels
-        deformable.conv._col2im_launch(g, image.dtype, chunk)(columns, grad_image)
+        deformable.conv._col2im_launch(g, image.dtype, chunk)(columns, None, grad_image)
     return columns.get(), grad_image[:, -32:].get()
 
 

@@ -476,15 +476,15 @@ def last_row(xp, height, width=2**15, count=256):
     quarters = rng.integers(-8, 9, (count, 2)) / 4  # exact also at y = 2**16
     offset[0, -1, -count:] = xp.asarray(quarters)
     chunk = Chunk(first, count, (1, count, 1))
-    columns = deformable.deform_conv._im2col(g, image, offset, None, chunk)
+    o = _fused.operands(image, offset.transpose(0, 3, 1, 2), None)
+    columns = deformable.deform_conv._im2col(g, o, image, offset, None, chunk)
 
     grad_offset = xp.zeros(offset.shape, np.float32)
-    launch = deformable.deform_conv._offset_gradient_launch(g, image.dtype, 1, chunk)
-    launch(image, offset, None, columns, grad_offset, None)
+    offset_gradient = deformable.deform_conv._offset_gradient(g, o, chunk)
+    offset_gradient(image, offset, None, columns, None, grad_offset, None)
 
     around = 3 * (width + 1)  # that many cells at the end are those around the last row
-    seen = _fused.view(offset.transpose(0, 3, 1, 2))
-    plan = deformable.deform_conv._image_gradient(g, image.dtype, seen, None, chunk)
+    plan = deformable.deform_conv._image_gradient(g, o, chunk)
     cells, weights = xp.zeros((plan.cells + 1, 2), np.int32), xp.empty((count, 4), np.float32)
     links = xp.empty((2, count), np.int32)
     grad_image = xp.zeros((1, height, width, 1), np.float32)
@@ -492,7 +492,7 @@ def last_row(xp, height, width=2**15, count=256):
     with configure(last_blocks=-(-around // 256)):
         plan.list_samples(links, cells)
     with configure(last_blocks=1):  # of 256 pixels
-        plan.gather(columns, cells, links, weights, grad_image)
+        plan.gather(columns, None, cells, links, weights, grad_image)
     results = columns, grad_offset[0, -1, -count:], weights, grad_image[0, -1, -count:]
     return [a.get() for a in results]
 

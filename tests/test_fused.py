@@ -493,4 +493,7 @@ def test_what_counts_beyond_int_is_left_to_other_kernels():
     depthwise = small._replace(groups=16)
     assert _fused.covers(depthwise, x)
     assert not _fused.covers(depthwise._replace(out_channels=1 << 21), x)
+    assert not _fused.covers(
+        depthwise._replace(channels=1 << 20, groups=1 << 20, out_channels=1 << 28), x
+    )
     assert not _fused.covers(depthwise._replace(kernel_h=1000, kernel_w=2), x)

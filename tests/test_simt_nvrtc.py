@@ -254,7 +254,8 @@ def test_loads_that_exclude_each_other_are_not_counted_together():
 
 @needs_nvrtc
 def test_report_has_a_row_per_kernel_and_tells_what_does_not_compile():
-    good, stale = ("-DDTYPE=float", "-DINDEX=int", "-DVEC=4"), ("-DDTYPE=nothing",)
+    good = ("-DDEPTHWISE=0", "-DDTYPE=float", "-DINDEX=int", "-DVEC=4")
+    stale = ("-DDTYPE=nothing",)
     broken = []
     rows = list(report.rows([("conv.cu", good), ("conv.cu", stale)], broken))
     kernels = [kernel for _, kernel, _, _ in rows]

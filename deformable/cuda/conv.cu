@@ -1,6 +1,8 @@
 // conv.py: columns of a plain convolution and their adjoint.
 // image (N, H, W, C), columns as in conv.cuh for `count` positions from `first` on.
-#include "conv.cuh"
+//
+// Macros: DTYPE, INDEX, VEC, DEPTHWISE (where the gradients of columns are).
+#include "column_gradient.cuh"
 
 // A thread row copies one tap of one position: C values read and written, nothing computed.
 extern "C" __global__ void __launch_bounds__(256)
@@ -24,9 +26,11 @@ extern "C" __global__ void __launch_bounds__(256)
 // A thread row gathers the gradient of one pixel of grad_image (N, H, W, C) from the taps that saw it,
 // always in the order of the taps: taps · C values read per pixel, none of them by two pixels. It adds
 // to what an earlier chunk has made of the same image. The first pixel is that of `first_image`.
-extern "C" __global__ void __launch_bounds__(256)
-    col2im(const T* __restrict__ grad_columns, A* __restrict__ grad_image, const ConvGeometry g,
-           const int64 images, const int64 first_image, const int64 first, const int64 count) {
+extern "C" __global__ void __launch_bounds__(256, 4)
+    col2im(const T* __restrict__ grad_rows, const T* __restrict__ by_tap,
+           A* __restrict__ grad_image, const ConvGeometry g, const int64 images,
+           const int64 first_image, const int64 first, const int64 count) {
+  const ColumnGradient gradient = {grad_rows, by_tap, first, count};
   const index_t row = static_cast<index_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const index_t line = row / g.width;
   const int x = static_cast<int>(row - line * g.width);
@@ -46,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(256)
                         from_x >= 0 && out_x * g.stride_w == from_x && out_x < g.out_width;
       const int64 position = start + static_cast<int64>(out_y) * g.out_width + out_x;
       if (!seen || position < 0 || position >= count) continue;
-      add(sum, 1, load(grad_columns + column_offset(g, count, position, tap, c)));
+      add(sum, 1, gradient(g, position, tap, c));
     }
     store(pixel + c, sum);
   }

@@ -1,21 +1,12 @@
 // deform_conv.py: deformable columns, and the gradients of their offsets and masks.
 //
-// Samples and columns of the chunk of `count` positions from `first` on: conv.cuh. All is contiguous:
-//   image (N, H, W, C)   offset (N·Ho·Wo, G, taps, 2)   mask (N·Ho·Wo, G, taps)
-// What is computed once per sample, its corners and weights, is shared by its C / G channels.
-#include "bilinear.cuh"
-#include "conv.cuh"
-
-// The sample's cell in its image; `image` receives the image it lies in.
-__device__ __forceinline__ Sample read_sample(const ConvGeometry& g, const A* offset, const A* mask,
-                                              const ChunkSample& id, int64 first, index_t& image) {
-  const index_t position = static_cast<index_t>(first) + id.position;
-  const Tap tap = regular_tap(g, position, id.tap);
-  const int64 at = (static_cast<int64>(position) * g.offset_groups + id.group) * g.taps() + id.tap;
-  image = tap.image;
-  return locate(tap.y + offset[2 * at], tap.x + offset[2 * at + 1], g.height, g.width,
-                mask ? mask[at] : 1);
-}
+// Samples and columns of the chunk of `count` positions from `first` on: conv.cuh. The image lies as
+// (N, H, W, C). What is computed once per sample, its corners and weights, is shared by its C / G
+// channels.
+//
+// Macros: DTYPE, INDEX, VEC, OFFSET, MASK, SAMPLES, DEPTHWISE (where the gradients of columns are).
+#include "column_gradient.cuh"
+#include "places.cuh"
 
 // What im2col needs of a sample: where each corner's pixel begins in `image`, or OUTSIDE.
 struct Plan {
@@ -26,19 +17,23 @@ struct Plan {
 // A block plans SAMPLES samples in shared memory, then its thread rows blend the channels of one
 // sample after the other. Per channel 4 values are read (from L1, mostly) and one is written.
 extern "C" __global__ void __launch_bounds__(256, 4)
-    im2col(const T* __restrict__ image, const A* __restrict__ offset, const A* __restrict__ mask,
-           T* __restrict__ columns, const ConvGeometry g, const int64 first, const int64 count) {
+    im2col(const T* __restrict__ image, const OFFSET* __restrict__ offset,
+           const MASK* __restrict__ mask, T* __restrict__ columns, const ConvGeometry g,
+           const Strides offset_strides, const Strides mask_strides, const int64 first,
+           const int64 count) {
   __shared__ Plan plans[SAMPLES];
+  const Places places = {offset, mask, offset_strides, mask_strides};
   const int start = blockIdx.x * SAMPLES;
   const int planned = min(SAMPLES, sample_count(g, count) - start);
 
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
   for (int i = thread; i < planned; i += blockDim.x * blockDim.y) {
-    index_t n;
-    const Sample s = read_sample(g, offset, mask, chunk_sample(g, start + i), first, n);
+    const ChunkSample id = chunk_sample(g, start + i);
+    const OutputPixel out = output_pixel(g, static_cast<index_t>(first) + id.position);
+    const Sample s = offset_sample(g, places, out, id);
     for (int corner = 0; corner < 4; ++corner) {
       const index_t pixel = corner_pixel(s, corner, g.height, g.width);
-      const int64 base = static_cast<int64>(n) * g.height * g.width;
+      const int64 base = static_cast<int64>(out.image) * g.height * g.width;
       plans[i].pixel[corner] = pixel < 0 ? OUTSIDE : (base + pixel) * g.channels;
       plans[i].weight[corner] = corner_weight(s, corner);
     }
@@ -62,26 +57,30 @@ extern "C" __global__ void __launch_bounds__(256, 4)
 }
 
 // A thread row computes the four products <corner pixel, gradient of the sample> of one sample,
-// its lanes reduced in a fixed order, and from these the gradients of its offset and mask.
+// its lanes reduced in a fixed order, and from these the gradients of its offset and mask:
+//   grad_offset (N·Ho·Wo, G, taps, 2)   grad_mask (N·Ho·Wo, G, taps)
 extern "C" __global__ void __launch_bounds__(256, 3)
-    offset_gradient(const T* __restrict__ image, const A* __restrict__ offset,
-                    const A* __restrict__ mask, const T* __restrict__ grad_columns,
-                    A* __restrict__ grad_offset, A* __restrict__ grad_mask, const ConvGeometry g,
-                    const int64 first, const int64 count) {
+    offset_gradient(const T* __restrict__ image, const OFFSET* __restrict__ offset,
+                    const MASK* __restrict__ mask, const T* __restrict__ grad_rows,
+                    const T* __restrict__ by_tap, OFFSET* __restrict__ grad_offset,
+                    MASK* __restrict__ grad_mask, const ConvGeometry g,
+                    const Strides offset_strides, const Strides mask_strides, const int64 first,
+                    const int64 count) {
+  const Places places = {offset, mask, offset_strides, mask_strides};
+  const ColumnGradient gradient = {grad_rows, by_tap, first, count};
   const int samples = sample_count(g, count);
   const int sample = blockIdx.x * blockDim.y + threadIdx.y;
   // every lane of a warp stays for the shuffles; a thread row past the end only adds zeros
   const ChunkSample id = chunk_sample(g, min(sample, samples - 1));
-  index_t n;
-  const Sample s = read_sample(g, offset, mask, id, first, n);
+  const OutputPixel out = output_pixel(g, static_cast<index_t>(first) + id.position);
+  const Sample s = offset_sample(g, places, out, id);
 
   const int depth = g.channels / g.offset_groups;
-  const T* pixels = image + static_cast<int64>(n) * g.height * g.width * g.channels;
+  const T* pixels = image + static_cast<int64>(out.image) * g.height * g.width * g.channels;
   A dots[4] = {0, 0, 0, 0};
   for (int c = id.group * depth + threadIdx.x * VEC; c < (id.group + 1) * depth;
        c += blockDim.x * VEC) {
-    const Vector grad = load(grad_columns + column_offset(g, count,
-                                                          id.position, id.tap, c));
+    const Vector grad = gradient(g, id.position, id.tap, c);
     for (int corner = 0; corner < 4; ++corner) {
       const index_t pixel = corner_pixel(s, corner, g.height, g.width);
       const int64 at = static_cast<int64>(pixel) * g.channels + c;
@@ -96,8 +95,10 @@ extern "C" __global__ void __launch_bounds__(256, 3)
   if (threadIdx.x == 0 && sample < samples) {
     const SampleGradient grad = sample_gradient(s, dots);
     const int64 at = first * g.offset_groups * g.taps() + sample;
-    grad_offset[2 * at] = grad.y;
-    grad_offset[2 * at + 1] = grad.x;
-    if (grad_mask) grad_mask[at] = grad.mask;
+    if (grad_offset) {
+      grad_offset[2 * at] = static_cast<OFFSET>(grad.y);
+      grad_offset[2 * at + 1] = static_cast<OFFSET>(grad.x);
+    }
+    if (grad_mask) grad_mask[at] = static_cast<MASK>(grad.mask);
   }
 }

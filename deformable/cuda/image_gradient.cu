@@ -8,8 +8,10 @@
 //
 // Samples and columns of the chunk of `count` positions from `first` on: conv.cuh.
 //
-// Macros: DTYPE, INDEX, VEC (channels per load), OFFSET, MASK, CORNERS (4).
-#include "fused_plan.cuh"
+// Macros: DTYPE, INDEX, VEC (channels per load), OFFSET, MASK, DEPTHWISE (where the gradients of
+// columns are).
+#include "column_gradient.cuh"
+#include "places.cuh"
 
 // An array of two ints per sample holds the links of all chains, and behind them all lists. That of
 // a cell is lists[begin] to lists[end - 1]. Before there are lists, `begin` is the number of the last
@@ -31,8 +33,7 @@ extern "C" __global__ void __launch_bounds__(256)
   const ChunkSample id = chunk_sample(g, sample);
   const OutputPixel out = output_pixel(g, static_cast<index_t>(first) + id.position);
   const Places places = {offset, mask, offset_strides, mask_strides};
-  const Sample s = offset_sample(g, places, out, id.tap / g.kernel_w * g.dilation_h,
-                                 id.tap % g.kernel_w * g.dilation_w, id.group * g.taps() + id.tap);
+  const Sample s = offset_sample(g, places, out, id);
   if (!s.inside) return;
   const int64 plane = (out.image - first_image) * g.offset_groups + id.group;
   const int64 cell = (plane * (g.height + 1) + s.y + 1) * (g.width + 1) + s.x + 1;
@@ -80,10 +81,11 @@ extern "C" __global__ void __launch_bounds__(256)
 // A thread row gathers the gradient of one pixel of grad_image (N, H, W, C) from the samples of the
 // four cells around it. It adds to what an earlier chunk has made of the same image.
 extern "C" __global__ void __launch_bounds__(256, 3)
-    image_gradient(const T* __restrict__ grad_columns, const Span* __restrict__ cells,
-                   const int* __restrict__ links, const A* __restrict__ weights,
-                   A* __restrict__ grad_image, const ConvGeometry g, const int64 images,
-                   const int64 first_image, const int64 first, const int64 count) {
+    image_gradient(const T* __restrict__ grad_rows, const T* __restrict__ by_tap,
+                   const Span* __restrict__ cells, const int* __restrict__ links,
+                   const A* __restrict__ weights, A* __restrict__ grad_image, const ConvGeometry g,
+                   const int64 images, const int64 first_image, const int64 first,
+                   const int64 count) {
   const index_t row = static_cast<index_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const index_t line = row / g.width;
   const int x = static_cast<int>(row - line * g.width);
@@ -91,6 +93,7 @@ extern "C" __global__ void __launch_bounds__(256, 3)
   const int y = static_cast<int>(line - image * g.height);
   if (image >= images) return;
 
+  const ColumnGradient gradient = {grad_rows, by_tap, first, count};
   const int depth = g.channels / g.offset_groups;
   const int* const lists = links + sample_count(g, count);
   const bool begun = (first_image + image) * g.positions() < first;
@@ -107,9 +110,8 @@ extern "C" __global__ void __launch_bounds__(256, 3)
       for (int entry = list.begin; entry < list.end; ++entry) {
         const int sample = lists[entry];
         const ChunkSample id = chunk_sample(g, sample);
-        const int64 from = column_offset(g, count, id.position, id.tap, c);
-        const A weight = weights[4 * static_cast<int64>(sample) + corner];
-        add(sum, weight, load(grad_columns + from));
+        add(sum, weights[4 * static_cast<int64>(sample) + corner],
+            gradient(g, id.position, id.tap, c));
       }
     }
     store(pixel + c, sum);

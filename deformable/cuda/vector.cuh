@@ -35,6 +35,14 @@ template <typename S> __device__ __forceinline__ Vector load(const S* from) {
   return v;
 }
 
+// Values that lie `step` apart.
+template <typename S> __device__ __forceinline__ Vector gather(const S* from, int step) {
+  Vector v;
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) v.value[i] = static_cast<A>(from[static_cast<int64>(i) * step]);
+  return v;
+}
+
 template <typename S> __device__ __forceinline__ void store(S* to, const Vector& v) {
   Pack<S> pack;
 #pragma unroll
@@ -45,6 +53,11 @@ template <typename S> __device__ __forceinline__ void store(S* to, const Vector&
 __device__ __forceinline__ void add(Vector& sum, A weight, const Vector& v) {
 #pragma unroll
   for (int i = 0; i < VEC; ++i) sum.value[i] += weight * v.value[i];
+}
+
+__device__ __forceinline__ void add(Vector& sum, const Vector& a, const Vector& b) {
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) sum.value[i] += a.value[i] * b.value[i];
 }
 
 __device__ __forceinline__ A dot(const Vector& a, const Vector& b) {

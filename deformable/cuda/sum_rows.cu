@@ -1,4 +1,4 @@
-// conv.py: sums of the rows of a matrix, for the gradient of the bias.
+// conv.py: sums of the rows of a matrix, for gradients of biases and of parts of the positions.
 //
 // Macros: DTYPE, OUT (of the sums), INDEX, VEC.
 #include "vector.cuh"
