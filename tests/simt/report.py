@@ -62,8 +62,8 @@ def loads(file, kernel, macros):
         case "fused_weight_gradient.cu", "weight_gradient":
             copied = int(macros["TILE_O"]) * BYTES[macros["DTYPE"]] / 256
             return int(macros["CORNERS"]) + max(1, copied)
-        case "fused_depthwise.cu", "depthwise":
-            return int(macros["CORNERS"]) + 1  # the weights
+        case "fused_depthwise.cu", _:
+            return int(macros["CORNERS"]) + 1  # the weights, or the gradient of the position
         case ("deform_conv.cu", "im2col") | ("roi_align.cu", "maximum"):
             return 4
         case "deform_conv.cu", "offset_gradient":
