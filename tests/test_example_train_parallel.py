@@ -8,8 +8,13 @@ from deformable.testing import error_bound
 from tests import mpi
 from tests.examples import EXAMPLES, assert_same_checkpoints, example, stopped_after
 
-pytest.importorskip("mpi4py", exc_type=ImportError)
 SCRIPT = str(EXAMPLES / "train_parallel.py")
+
+
+@pytest.fixture(autouse=True)
+def _where_mpi_starts():
+    """The example starts it in this process."""
+    mpi.launcher()
 
 
 @pytest.fixture

@@ -156,6 +156,7 @@ DEPTHWISE = {
     "a kernel of many taps": {"c": 2, "groups": 2, "o": 4, "kernel": (11, 13), "padding": 7},
     "neither mask nor bias": {"c": 8, "groups": 8, "o": 8, "mask": False, "bias": False},
     "more channels than a turn of the lanes": {"c": 264, "groups": 264, "o": 264, "h": 3, "w": 3},
+    "one channel more": {"c": 33, "groups": 33, "o": 33, "h": 3, "w": 3},
     "stride and dilation": {
         "c": 4, "groups": 4, "o": 4, "h": 9, "w": 8, "stride": (1, 2), "dilation": (3, 1)
     },
