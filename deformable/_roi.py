@@ -530,6 +530,16 @@ class Pattern(NamedTuple):
         return matrix
 
 
+def ranges(size: np.ndarray, limit: int = 0) -> Iterator[tuple[int, int]]:
+    """Ranges of RoIs whose ``size`` in bytes adds up to ``BLOCK_BYTES``, or to a larger limit."""
+    ends, stop = np.cumsum(size), 0
+    limit = max(limit, BLOCK_BYTES)
+    while stop < len(size):
+        first, used = stop, ends[stop - 1] if stop else 0
+        stop = max(stop + 1, int(np.searchsorted(ends, used + limit, "right")))
+        yield first, stop
+
+
 def blocks(
     g: RoIGeometry, at: Bins, size: np.ndarray, limit: int = 0
 ) -> Iterator[tuple[slice, slice, Bins]]:
@@ -538,16 +548,11 @@ def blocks(
     The ``size`` in bytes of the rows adds up to ``BLOCK_BYTES``, or to ``limit`` if that is more.
     The bins count images from the first one seen.
     """
-    ends = np.cumsum(size.reshape(g.rois, g.bins).sum(axis=1))
-    limit = max(limit, BLOCK_BYTES)
     # of a RoI: those along y, of which the first is run 0, and those along x
     first_x = int(at.run_x[0]) if g.rois else 0
     runs_y, runs_x = (n // max(g.rois, 1) for n in (first_x, len(at.runs.start) - first_x))
     pixels = g.height * g.width * g.planes
-    stop = 0
-    while stop < g.rois:
-        first, used = stop, ends[stop - 1] if stop else 0
-        stop = max(stop + 1, int(np.searchsorted(ends, used + limit, "right")))
+    for first, stop in ranges(size.reshape(g.rois, g.bins).sum(axis=1), limit):
         rows = slice(first * g.bins, stop * g.bins)
         image = at.image[rows]
         low, high = int(image.min()), int(image.max()) + 1

@@ -10,7 +10,8 @@ In NumPy the maximum is taken along the lines of a cell first, then over these: 
 all bins that begin and end at the same columns.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,6 @@ from deformable._roi import (
     RoIGradients,
     Rule,
     arrange,
-    blocks,
     boxes,
     cuda_maximum,
     cuda_maximum_backward,
@@ -32,9 +32,10 @@ from deformable._roi import (
     make_bins,
     output_from_rows,
     output_rows,
+    ranges,
     roi_geometry,
 )
-from deformable._segments import largest, segments, sortable, winners
+from deformable._segments import Segments, largest, segments, sortable, winners
 from deformable.roi_align import average, average_backward
 
 CELLS = Rule(rounding=MAP, shift=0.0, least=1.0, whole=1, phase=0.0, margin=0.0, kept=1)
@@ -247,50 +248,54 @@ def _ps_geometry(function, x, rois, output_size, spatial_scale, group_size, **gr
 
 @np.errstate(all="ignore")
 def _numpy_maximum(function, g, x, rois):
-    at = make_bins(g, CELLS, boxes(function, g, CELLS, rois))
     dtype = compute_dtype(x.dtype)
+    lines = _lines(g, make_bins(g, CELLS, boxes(function, g, CELLS, rois)))
     image = arrange(x, g, dtype)
     y = np.empty((g.rows, g.channels), dtype)
-    for rows, seen, cells in blocks(g, at, _cell_bytes(g, at, dtype)):
-        pixel, width, line, height = _lines(g, cells)
-        along_x = segments(pixel, width)
-        along_y = segments(line, height, g.pooled_w, along_x.inverse())
-        y[rows][along_y.order] = largest(largest(image[seen], along_x), along_y)
+    for rows, own in _blocks(g, lines, dtype):
+        along_x, along_y = _segments(g, lines, rows, own)
+        y[rows][along_y.order] = largest(largest(image, along_x), along_y)
     return output_from_rows(y.astype(x.dtype, copy=False), g)
 
 
 @np.errstate(all="ignore")
 def _numpy_maximum_backward(function, g, grad_y, x, rois):
-    at = make_bins(g, CELLS, boxes(function, g, CELLS, rois))
     dtype = compute_dtype(x.dtype)
+    lines = _lines(g, make_bins(g, CELLS, boxes(function, g, CELLS, rois)))
     keys = sortable(arrange(x, g, dtype))
     grad = output_rows(grad_y, g, dtype)
     grad_image = empty_image(g, dtype)
     channel = np.arange(g.channels)
-    for rows, seen, cells in blocks(g, at, _cell_bytes(g, at, dtype)):
-        pixel, width, line, height = _lines(g, cells)
-        along_x = segments(pixel, width)
-        along_y = segments(line, height, g.pooled_w, along_x.inverse())
-        lines, column = winners(keys[seen], along_x)
-        _, place = winners(lines, along_y, codes=column, pitch=g.width)
-        cell = along_y.order[: np.count_nonzero(height)]  # those that have a pixel
+    for rows, own in _blocks(g, lines, dtype):
+        along_x, along_y = _segments(g, lines, rows, own)
+        best, column = winners(keys, along_x)
+        _, place = winners(best, along_y, codes=column, pitch=g.width)
+        cell = along_y.order[: along_y.sizes[0] if len(along_y.sizes) else 0]  # with a pixel
         # so many pixels after the cell's first one lies the winner
-        winner = place[: len(cell)].astype(np.intp)
-        winner += pixel[line[cell], None]
-        winner *= g.channels
+        winner = np.multiply(place[: len(cell)], g.channels, dtype=np.intp)
+        winner += lines.pixel[lines.first[rows][cell], None] * g.channels
         winner += channel
-        np.add.at(grad_image[seen].reshape(-1), winner.ravel(), grad[rows][cell].ravel())
+        np.add.at(grad_image.reshape(-1), winner.ravel(), grad[rows][cell].ravel())
     return image_from_rows(grad_image.astype(x.dtype, copy=False), g)
 
 
-def _lines(g: RoIGeometry, cells: Bins) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The lines of pixels that cells consist of: first pixel, width; and a cell's first, height.
+class Lines(NamedTuple):
+    """The lines of pixels that cells consist of.
 
     A RoI has a line for each of its rows of pixels and columns of bins; from one line of a cell to
     the next there are PW.
     """
+
+    pixel: np.ndarray  # (lines,): the first one
+    width: np.ndarray
+    first: np.ndarray  # (cells,): the first line
+    height: np.ndarray  # how many; 0 for a cell without pixels
+    of_roi: np.ndarray  # (RoIs,): how many lines
+
+
+def _lines(g: RoIGeometry, cells: Bins) -> Lines:
     first, size = (a.astype(np.int64) for a in (cells.runs.start, cells.runs.total))
-    along_x = int(cells.run_x[0])  # the first of these runs
+    along_x = g.rois * g.pooled_h  # the first of these runs
     (first_y, first_x), (height, width) = (
         (a[:along_x].reshape(-1, g.pooled_h), a[along_x:].reshape(-1, g.pooled_w))
         for a in (first, size)
@@ -303,12 +308,23 @@ def _lines(g: RoIGeometry, cells: Bins) -> tuple[np.ndarray, np.ndarray, np.ndar
     pixel = (start[roi] + np.arange(len(roi)) * g.width)[:, None] + first_x[roi]
     line = (first_y + (before - top)[:, None])[:, :, None] * g.pooled_w + np.arange(g.pooled_w)
     lines_of_cell = height[:, :, None] * (width > 0)[:, None]
-    return pixel.ravel(), width[roi].ravel(), line.ravel(), lines_of_cell.ravel()
+    return Lines(
+        pixel.ravel(), width[roi].ravel(), line.ravel(), lines_of_cell.ravel(), rows * g.pooled_w
+    )
 
 
-def _cell_bytes(g: RoIGeometry, at: Bins, dtype: np.dtype) -> np.ndarray:
-    """About what the lines of each cell take."""
-    return (at.runs.total[at.run_y] + 1) * (2 * g.channels * dtype.itemsize)
+def _blocks(g: RoIGeometry, lines: Lines, dtype: np.dtype) -> Iterator[tuple[slice, slice]]:
+    """The cells of some RoIs, and their lines."""
+    ends = np.concatenate(([0], np.cumsum(lines.of_roi)))
+    for first, stop in ranges((lines.of_roi + g.bins) * (2 * g.channels * dtype.itemsize)):
+        yield slice(first * g.bins, stop * g.bins), slice(ends[first], ends[stop])
+
+
+def _segments(g: RoIGeometry, lines: Lines, cells: slice, own: slice) -> tuple[Segments, Segments]:
+    """The pixels of each of these lines, and the lines of each cell in the order of the former."""
+    along_x = segments(lines.pixel[own], lines.width[own])
+    first = lines.first[cells] - own.start
+    return along_x, segments(first, lines.height[cells], g.pooled_w, along_x.inverse())
 
 
 # ---- CUDA: cuda/roi_pool.cu
