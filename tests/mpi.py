@@ -12,22 +12,36 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@functools.cache
-def launcher():
-    """The command that starts ranks, up to their number; skips where MPI starts none."""
+def require():
+    """Skips where MPI does not start: importing it would end this process."""
     pytest.importorskip("mpi4py", exc_type=ImportError)
+    if why := complaint(ranks=1):
+        pytest.skip(why)
+
+
+def launcher():
+    """The command that starts ranks, up to their number; skips where it starts none."""
+    require()
     mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if mpiexec is None:
         pytest.skip("mpi4py without mpiexec")
     version = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=True)
     options = ["--allow-run-as-root", "--oversubscribe"] if "Open MPI" in version.stdout else []
     command = [mpiexec, *options, "-n"]
-    for ranks, start in (1, []), (2, [*command, "2"]):  # one alone needs no mpiexec
-        hello = f"from mpi4py import MPI; assert MPI.COMM_WORLD.size == {ranks}"
-        tried = started([*start, sys.executable, "-c", hello], timeout=60)
-        if tried.returncode:  # it would end this process as well
-            pytest.skip(f"MPI does not start here: {tried.stderr}")
+    if why := complaint(*command, "2", ranks=2):
+        pytest.skip(why)
     return command
+
+
+@functools.cache
+def complaint(*start, ranks):
+    """Why this command, or none, does not start so many ranks; empty if it does."""
+    hello = f"from mpi4py import MPI; assert MPI.COMM_WORLD.size == {ranks}"
+    try:
+        tried = started([*start, sys.executable, "-c", hello], timeout=60)
+    except subprocess.TimeoutExpired as error:
+        return f"MPI does not start here: {error}"
+    return f"MPI does not start here: {tried.stderr}" if tried.returncode else ""
 
 
 def started(command, timeout, **options):

@@ -14,7 +14,7 @@ SCRIPT = str(EXAMPLES / "train_parallel.py")
 @pytest.fixture(autouse=True)
 def _where_mpi_starts():
     """The example starts it in this process."""
-    mpi.launcher()
+    mpi.require()
 
 
 @pytest.fixture
