@@ -217,10 +217,10 @@ def output_from_rows(rows: Array, g: RoIGeometry) -> Array:
     return rows.reshape(g.rois, g.pooled_h, g.pooled_w, g.out_channels).transpose(0, 3, 1, 2)
 
 
-def output_rows(grad_y: Array, g: RoIGeometry, dtype: np.dtype) -> Array:
-    """The inverse of :func:`output_from_rows`, contiguous."""
-    rows = array_module(grad_y).ascontiguousarray(grad_y.transpose(0, 2, 3, 1), dtype=dtype)
-    return rows.reshape(g.rois * g.bins, g.depth)
+def output_rows(grad_y: np.ndarray, g: RoIGeometry, dtype: np.dtype, rows: slice) -> np.ndarray:
+    """The inverse of :func:`output_from_rows`, of the rows of some RoIs, contiguous."""
+    own = grad_y[rows.start // g.bins : rows.stop // g.bins].transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(own, dtype=dtype).reshape(rows.stop - rows.start, g.depth)
 
 
 def mask_rows(mask: np.ndarray | None, g: RoIGeometry) -> np.ndarray:

@@ -387,7 +387,6 @@ def _numpy_backward(function, g, rule, grad_y, x, rois, offset, mask, wanted):
     masks = mask_rows(mask, g)
     dtype = compute_dtype(x.dtype)
     image = arrange(x, g, dtype)
-    grad = output_rows(grad_y, g, dtype)
     grad_image = empty_image(g, dtype)
     along_y, along_x, of_mask = np.zeros((3, g.rows), dtype)
     ones = np.ones(g.depth, dtype)
@@ -395,13 +394,14 @@ def _numpy_backward(function, g, rule, grad_y, x, rois, offset, mask, wanted):
     for rows, seen, bins in blocks(g, at, size, limit=2 * grad_image.nbytes):
         pattern = bins.pattern(g, seen, dtype, slopes="offset" in wanted)
         scale = bins.means(rule) * masks[rows]
+        grad = output_rows(grad_y, g, dtype, rows)
 
-        def dots(matrix, rows=rows, seen=seen):
+        def dots(matrix, seen=seen, grad=grad):
             """<what a row of the matrix sees, gradient of that row>"""
-            return ((matrix @ image[seen]) * grad[rows]) @ ones
+            return ((matrix @ image[seen]) * grad) @ ones
 
         if "x" in wanted:
-            grad_image[seen] += pattern.matrix(scale).T @ grad[rows]
+            grad_image[seen] += pattern.matrix(scale).T @ grad
         if "offset" in wanted:
             along_y[rows] = dots(pattern.matrix(scale, y="slope"))
             along_x[rows] = dots(pattern.matrix(scale, x="slope"))

@@ -333,10 +333,10 @@ def _numpy_average(function, g, rule, x, rois, offset, mask):
 def _numpy_average_backward(function, g, rule, grad_y, x, rois):
     at = make_bins(g, rule, boxes(function, g, rule, rois))
     dtype = compute_dtype(x.dtype)
-    grad = output_rows(grad_y, g, dtype)
     grad_image = empty_image(g, dtype)
     for rows, seen, part in blocks(g, at, matrix_bytes(at), limit=2 * grad_image.nbytes):
-        grad_image[seen] += part.pattern(g, seen, dtype).matrix(part.means(rule)).T @ grad[rows]
+        matrix = part.pattern(g, seen, dtype).matrix(part.means(rule))
+        grad_image[seen] += matrix.T @ output_rows(grad_y, g, dtype, rows)
     return image_from_rows(grad_image.astype(x.dtype, copy=False), g)
 
 
@@ -400,7 +400,6 @@ def _numpy_maximum_backward(function, g, rule, grad_y, x, rois):
     at = make_bins(g, rule, boxes(function, g, rule, rois))
     dtype = compute_dtype(x.dtype)
     image = arrange(x, g, dtype)
-    grad = output_rows(grad_y, g, dtype)
     grad_image = empty_image(g, dtype)
     for rows, seen, part in blocks(g, at, _sample_bytes(g, at, dtype)):
         samples, first, count = _samples(rule, part)
@@ -411,7 +410,7 @@ def _numpy_maximum_backward(function, g, rule, grad_y, x, rois):
         grad_values = np.zeros_like(values)
         some = of.order[: np.count_nonzero(count)]
         winner = first[some, None] + place[: len(some)]
-        grad_values[winner, np.arange(g.depth)] = grad[rows][some]
+        grad_values[winner, np.arange(g.depth)] = output_rows(grad_y, g, dtype, rows)[some]
         grad_image[seen] += matrix.T @ grad_values
     return image_from_rows(grad_image.astype(x.dtype, copy=False), g)
 

@@ -263,7 +263,6 @@ def _numpy_maximum_backward(function, g, grad_y, x, rois):
     dtype = compute_dtype(x.dtype)
     lines = _lines(g, make_bins(g, CELLS, boxes(function, g, CELLS, rois)))
     keys = sortable(arrange(x, g, dtype))
-    grad = output_rows(grad_y, g, dtype)
     grad_image = empty_image(g, dtype)
     channel = np.arange(g.channels)
     for rows, own in _blocks(g, lines, dtype):
@@ -275,7 +274,8 @@ def _numpy_maximum_backward(function, g, grad_y, x, rois):
         winner = np.multiply(place[: len(cell)], g.channels, dtype=np.intp)
         winner += lines.pixel[lines.first[rows][cell], None] * g.channels
         winner += channel
-        np.add.at(grad_image.reshape(-1), winner.ravel(), grad[rows][cell].ravel())
+        grad = output_rows(grad_y, g, dtype, rows)
+        np.add.at(grad_image.reshape(-1), winner.ravel(), grad[cell].ravel())
     return image_from_rows(grad_image.astype(x.dtype, copy=False), g)
 
 
