@@ -5,7 +5,7 @@ import uuid
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -41,12 +41,11 @@ def save(path: str | os.PathLike[str], layer: Layer, optimizer: Optimizer | None
     True
     """
     buffers = _named(layer, optimizer)
-    arrays: dict[str, Any] = {name: to_host(buffer.data) for name, buffer in buffers.items()}
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # no other writer's
     try:
         with open(unfinished, "wb") as file:
-            np.savez(file, **arrays)
+            _write(file, {name: to_host(buffer.data) for name, buffer in buffers.items()})
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -83,6 +82,14 @@ def load(path: str | os.PathLike[str], layer: Layer, optimizer: Optimizer | None
             raise
         raise ValueError(f"load: {path} is no complete archive of arrays: {error}") from error
     load_buffers("load", buffers, state)
+
+
+def _write(file: IO[bytes], arrays: dict[str, np.ndarray]) -> None:
+    """As ``np.savez``, whose own arguments are names that no array can have."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 class Header(NamedTuple):
