@@ -74,6 +74,17 @@ def test_ignored_labels_get_no_gradient(xp):
     assert not host(xp, grad).any()
 
 
+@pytest.mark.parametrize("logit", [np.nan, np.inf, -np.inf])
+def test_logits_of_ignored_labels_may_be_anything(logit, xp):
+    logits, labels = logits_and_labels(xp, (2, 4, 3, 5))
+    labels[:, 1] = -1
+    expected_loss, expected = nn.softmax_cross_entropy(logits, labels, ignore_index=-1)
+    logits[:, :2, 1] = logit
+    loss, grad = nn.softmax_cross_entropy(logits, labels, ignore_index=-1)
+    assert float(loss) == float(expected_loss)
+    assert_array_equal(host(xp, grad), host(xp, expected))
+
+
 def test_large_logits_do_not_overflow(xp):
     logits = xp.asarray(np.array([[1000.0, 0.0], [0.0, -1000.0]]))
     loss, grad = nn.softmax_cross_entropy(logits, xp.asarray(np.array([0, 1])))
@@ -86,7 +97,7 @@ def test_a_label_that_is_no_class_is_an_error_or_nan(bad, xp):
     logits, labels = logits_and_labels(xp, (5, 3))
     labels[2] = bad
     if xp is np:
-        with pytest.raises(ValueError, match=r"a label lies outside \[0, 3\)"):
+        with pytest.raises(ValueError, match=rf"labels has {bad} at \(2,\), expected .* than 3"):
             nn.softmax_cross_entropy(logits, labels)
         return
     loss, grad = nn.softmax_cross_entropy(logits, labels)
@@ -165,6 +176,10 @@ def test_mistakes_are_refused(xp):
         ValueError, match=r"cross_entropy: labels has shape \(4,\), expected \(5,\)"
     ):
         nn.softmax_cross_entropy(logits, labels[:4])
+    with pytest.raises(
+        ValueError, match=r"cross_entropy: logits has shape \(5,\), expected \(N, C, \.\.\.\)"
+    ):
+        nn.softmax_cross_entropy(logits[:, 0], labels)
     with pytest.raises(TypeError, match="cross_entropy: labels have dtype float64, expected int"):
         nn.softmax_cross_entropy(logits, logits[:, 0])
     with pytest.raises(TypeError, match="cross_entropy: logits has dtype int64"):

@@ -3,6 +3,8 @@
 Means are taken in float32 at least and stay on the device: ``float(loss)`` is what reads them.
 """
 
+import numpy as np
+
 from deformable._array import (
     Array,
     array_module,
@@ -25,7 +27,8 @@ def softmax_cross_entropy(
     labels : array (N, ...)
         Integers in [0, C).
     ignore_index : int, optional
-        Labels of this value have no part in the mean. With no other ones the loss is 0.
+        Labels of this value have no part in the mean, whatever their logits. With no other ones
+        the loss is 0.
 
     Returns
     -------
@@ -54,14 +57,24 @@ def softmax_cross_entropy(
     check_dtypes("softmax_cross_entropy", {"logits": logits}, {})
     if labels.dtype.kind not in "iu":
         raise TypeError(f"softmax_cross_entropy: labels have dtype {labels.dtype}, expected int")
+    if logits.ndim < 2:
+        raise ValueError(
+            f"softmax_cross_entropy: logits has shape {logits.shape}, expected (N, C, ...)"
+        )
     n, classes, *rest = logits.shape
     check_shape("softmax_cross_entropy", "labels", labels, (n, *rest))
 
     known = (labels >= 0) & (labels < classes)
     counted = xp.ones_like(known) if ignore_index is None else labels != ignore_index
-    if xp.__name__ == "numpy" and not (known | ~counted).all():
-        raise ValueError(f"softmax_cross_entropy: a label lies outside [0, {classes})")
+    if xp is np and (wrong := np.argwhere(counted & ~known)).size:
+        place = tuple(map(int, wrong[0]))
+        raise ValueError(
+            f"softmax_cross_entropy: labels has {labels[place]} at {place}, "
+            f"expected at least 0 and less than {classes}"
+        )
     wide = logits.astype(compute_dtype(logits.dtype), copy=False)
+    if ignore_index is not None:
+        wide = xp.where(counted[:, None], wide, 0)  # NaN times a weight of 0 would be NaN
     weight = xp.where(known | ~counted, counted / xp.maximum(counted.sum(), 1), xp.nan)
     weight = weight.astype(wide.dtype)[:, None]
     index = xp.where(known, labels, 0)[:, None]
