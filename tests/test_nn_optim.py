@@ -194,6 +194,38 @@ def test_gradients_are_clipped_by_their_common_norm(max_norm, dtype, xp):
     assert (abs(clipped - expected) <= error_bound(dtype, abs(expected), terms=10)).all()
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_options_may_come_from_numpy(name, xp):
+    kind, options, *_ = OPTIMIZERS[name]
+    params, grads = params_and_grads(xp, "float32")
+    again, _ = params_and_grads(xp, "float32")
+    run(kind(params, lr=0.1, **options), grads)
+    numbers = {
+        key: value if isinstance(value, bool) else tuple(np.array(value))
+        if isinstance(value, tuple) else np.float64(value)
+        for key, value in options.items()
+    }  # fmt: skip
+    optimizer = kind(again, lr=np.float64(0.1), **numbers)
+    optimizer.lr = np.float64(0.1)
+    run(optimizer, grads)
+    for param, expected in zip(again, params, strict=True):
+        assert_array_equal(host(xp, param.data), host(xp, expected.data))
+    assert all(a.dtype == np.float32 for key, a in optimizer.state().items() if key != "steps")
+
+
+def test_options_that_are_no_numbers_are_refused():
+    with pytest.raises(TypeError, match=r"^SGD: momentum is '0.9', expected a number"):
+        nn.SGD([], 0.1, momentum="0.9")
+    with pytest.raises(ValueError, match=r"^AdamW: betas is nan, expected a finite number"):
+        nn.AdamW([], betas=(0.9, np.nan))
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, np.nan])
+def test_gradients_are_clipped_to_a_positive_norm(max_norm):
+    with pytest.raises(ValueError, match=f"clip_grad_norm: max_norm is {max_norm}, expected above"):
+        nn.clip_grad_norm([], max_norm)
+
+
 def test_clipping_nothing_is_nothing():
     assert float(nn.clip_grad_norm([nn.Param(np.ones(3))], 1.0)) == 0
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from deformable._array import Array, array_module, compute_dtype
+from deformable._array import Array, array_module, compute_dtype, real_number
 from deformable.nn.layer import Buffer, Param, Stateful
 
 
@@ -33,8 +33,9 @@ class Optimizer(Stateful):
 
     def __init__(self, params: Iterable[Param], lr: float, weight_decay: float) -> None:
         self.params = list(params)
-        self.lr = lr
-        self.weight_decay = weight_decay
+        # Python's numbers leave running sums in float32, which numpy's would turn into float64
+        self.lr = self._number("lr", lr)
+        self.weight_decay = self._number("weight_decay", weight_decay)
         self._steps = Buffer(np.array(0))
         self.memory = [
             {
@@ -48,6 +49,9 @@ class Optimizer(Stateful):
             for param in self.params
         ]
 
+    def _number(self, name: str, value: float) -> float:
+        return real_number(type(self).__name__, name, value)
+
     def step(self) -> None:
         """Move every parameter once."""
         self._steps.data = np.array(self.steps + 1)
@@ -57,7 +61,7 @@ class Optimizer(Stateful):
                 decay = self.weight_decay if param.decay else 0.0
                 data, grad = (a.astype(wide, copy=False) for a in (param.data, param.grad))
                 move = self.direction(data, grad, decay, memory)
-                param.data = (data - (self.lr * param.lr_mult) * move).astype(param.data.dtype)
+                param.data = (data - float(self.lr * param.lr_mult) * move).astype(param.data.dtype)
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -117,7 +121,7 @@ class SGD(Optimizer):
         nesterov: bool = False,
     ) -> None:
         super().__init__(params, lr, weight_decay)
-        self.momentum = momentum
+        self.momentum = self._number("momentum", momentum)
         self.nesterov = nesterov
 
     def direction(self, data: Array, grad: Array, decay: float, memory: dict[str, Buffer]) -> Array:
@@ -162,8 +166,8 @@ class Adam(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, lr, weight_decay)
-        self.betas = betas
-        self.eps = eps
+        self.betas = self._number("betas", betas[0]), self._number("betas", betas[1])
+        self.eps = self._number("eps", eps)
 
     def direction(self, data: Array, grad: Array, decay: float, memory: dict[str, Buffer]) -> Array:
         """The mean gradient relative to its size."""
@@ -228,6 +232,7 @@ def clip_grad_norm(params: Iterable[Param], max_norm: float) -> Array:
     params : iterable of Param
         Those without a gradient are passed over.
     max_norm : float
+        Above 0.
 
     Returns
     -------
@@ -243,6 +248,8 @@ def clip_grad_norm(params: Iterable[Param], max_norm: float) -> Array:
     >>> float(nn.clip_grad_norm([param], max_norm=1.0)), param.grad.round(3).tolist()
     (5.0, [0.6, 0.8])
     """
+    if not max_norm > 0:
+        raise ValueError(f"clip_grad_norm: max_norm is {max_norm}, expected above 0")
     given = [(param, param.grad) for param in params if param.grad is not None]
     if not given:
         return np.zeros(())
