@@ -97,7 +97,7 @@ def check_backward(
     for name, gradient in call(backward, grad_y)._asdict().items():
         where = f"{getattr(f, '__name__', f)}: gradient of {name}"
         if at.get(name) is None or (chosen is not None and name not in chosen):
-            assert gradient is None, f"{where} is an array, expected None"
+            _require(gradient is None, f"{where} is an array, expected None")
         else:
             value = partial(lambda name, a: call(f, **{name: a}), name)
             _compare(where, value, at[name], gradient, grad_y, rng, step, tolerance, one_sided)
@@ -178,7 +178,7 @@ def error_bound(dtype: Any, magnitude: Any = 1.0, terms: int = 1) -> Any:
     magnitude : float or array
         The sum of the absolute values of the terms, ``Σ |w| |x|``.
     terms : int
-        How many there are.
+        How many there are; none are as exact as one.
 
     Returns
     -------
@@ -200,7 +200,7 @@ def error_bound(dtype: Any, magnitude: Any = 1.0, terms: int = 1) -> Any:
         raise TypeError(f"error_bound: dtype is {name}, expected one of {', '.join(EPSILON)}")
     sums = EPSILON["float64" if name == "float64" else "float32"]
     storage = 0.0 if sums == EPSILON[name] else EPSILON[name]
-    return (4 * sums * (1 + math.log2(terms)) + storage) * magnitude
+    return (4 * sums * (1 + math.log2(max(terms, 1))) + storage) * magnitude
 
 
 def _compare(
@@ -214,11 +214,12 @@ def _compare(
     tolerance: float,
     one_sided: bool = False,
 ) -> None:
-    """Assert that ``gradient`` is that of ``Σ grad_y · f`` at ``at``."""
-    assert gradient is not None, f"{where} is None, expected an array"
+    """Raise unless ``gradient`` is that of ``Σ grad_y · f`` at ``at``."""
+    if gradient is None:
+        raise AssertionError(f"{where} is None, expected an array")
     for what in ("shape", "dtype"):
         have, want = getattr(gradient, what), getattr(at, what)
-        assert have == want, f"{where} has {what} {have}, expected {want}"
+        _require(have == want, f"{where} has {what} {have}, expected {want}")
 
     direction = rng.integers(32, 96, at.shape, endpoint=True) / 64
     if not one_sided:
@@ -233,10 +234,17 @@ def _compare(
     by_gradient = float((gradient * move).sum()) / step
     noise = sum(float(abs(term).sum()) for term in terms) * NOISE * EPSILON["float64"] / step
     size = max(float((gradient * gradient).sum()) ** 0.5, abs(by_differences))
-    assert abs(by_gradient - by_differences) <= tolerance * size + noise, (
+    _require(
+        abs(by_gradient - by_differences) <= tolerance * size + noise,
         f"{where} along a random direction is {by_gradient}, "
-        f"expected {by_differences} by differences of step {step}"
+        f"expected {by_differences} by differences of step {step}",
     )
+
+
+def _require(holds: bool, message: str) -> None:
+    """An assertion that ``python -O`` keeps."""
+    if not holds:
+        raise AssertionError(message)
 
 
 def _float64(value: Any) -> Any:

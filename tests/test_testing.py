@@ -1,5 +1,9 @@
 """The checks of gradients find what is wrong, and say what."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -84,6 +88,23 @@ def test_a_wrong_gradient_is_named_with_both_numbers_and_the_step(field, change)
 def test_a_gradient_of_another_form_is_refused(change, message):
     with pytest.raises(AssertionError, match=message):
         check(wrong("a", change), operands(np))
+
+
+def test_a_wrong_gradient_is_found_without_assertions():
+    script = """
+import numpy as np
+from typing import NamedTuple
+from deformable.testing import check_backward
+class Gradients(NamedTuple):
+    a: np.ndarray
+check_backward(lambda a: a * a, lambda grad_y, a: Gradients(a * grad_y), [np.ones(3)])
+"""
+    root = str(Path(__file__).parents[1])
+    process = subprocess.run(
+        [sys.executable, "-O", "-c", script],
+        env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "AssertionError: <lambda>: gradient of a" in process.stderr
 
 
 def test_one_entry_of_many_being_wrong_is_found():
@@ -186,7 +207,7 @@ def test_convolution_stays_within_the_error_bound(dtype):
 
 def test_the_error_bound_is_the_documented_one():
     assert error_bound("float32", 3.0, terms=4) == 4 * 2.0**-23 * 3 * 3.0
-    assert error_bound(np.float64) == 4 * 2.0**-52
+    assert error_bound(np.float64) == error_bound(np.float64, terms=0) == 4 * 2.0**-52
     assert error_bound("float16", 2.0, terms=2) == (8 * 2.0**-23 + 2.0**-10) * 2
     with pytest.raises(TypeError, match="error_bound: dtype is int32, expected one of float16"):
         error_bound(np.int32)
