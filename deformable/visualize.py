@@ -673,8 +673,12 @@ def _checked_positions(function: str, positions: Any, layer: Sampling) -> np.nda
     if points.shape[-1:] != (2,):
         raise ValueError(f"{function}: positions have shape {points.shape}, expected (..., 2)")
     size = (np.inf, np.inf) if layer.offset is None else layer.offset.shape[2:]
-    if not ((points >= 0) & (points <= np.array(size) - 1)).all():
-        raise ValueError(f"{function}: a position is outside of the output, which is {size}")
+    inside = ((points >= 0) & (points <= np.array(size) - 1)).all(axis=-1)
+    if not inside.all():
+        raise ValueError(
+            f"{function}: position {tuple(points[~inside][0].tolist())} is outside of the output, "
+            f"which is {size}"
+        )
     return points
 
 

@@ -388,8 +388,11 @@ def test_functions_draw_over_an_image_on_the_axes_given(draw, shape):
         (lambda: Sampling(OFFSET[0]).looks((0, 0)), r"offset has shape \(18, 3, 3\)"),
         (lambda: Sampling(OFFSET, group=1).looks((0, 0)), "group is 1"),
         (lambda: Sampling(OFFSET).looks((0, 0), index=1), "index is 1"),
-        (lambda: visualize.trace(Sampling(OFFSET), (0, 3)), "trace: a position is outside"),
-        (lambda: visualize.trace(Sampling(OFFSET), (np.nan, 0)), "trace: a position is outside"),
+        (lambda: visualize.trace(Sampling(OFFSET), (0, 3)), r"position \(0.0, 3.0\) is outside"),
+        (
+            lambda: visualize.trace(Sampling(OFFSET), (np.nan, 0)),
+            r"position \(nan, 0.0\) is outside",
+        ),
         (lambda: visualize.trace(Sampling(OFFSET), 3), "positions have shape"),
         (lambda: visualize.sampling_points(Sampling(None)), "positions have shape"),
         (lambda: visualize.effective_dilation(OFFSET, 1, 1), "kernel_size is 1"),
