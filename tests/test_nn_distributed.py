@@ -160,6 +160,7 @@ def test_every_rank_gets_the_values_of_the_root(dtype, xp):
 
 def test_nothing_is_exchanged_as_nothing():
     nn.distributed.allreduce_grads([], comm=None)
+    nn.distributed.broadcast_params([], comm=None)
 
 
 def test_mpi_is_not_imported():

@@ -63,6 +63,8 @@ def broadcast_params(params: Iterable[Buffer], comm: Any, root: int = 0) -> None
     root : int
     """
     params = list(params)
+    if not params:
+        return
     pieces = [np.ascontiguousarray(to_host(param.data)) for param in params]
     flat = np.frombuffer(bytearray().join(piece.tobytes() for piece in pieces), np.uint8)
     comm.Bcast(flat, root)
