@@ -182,6 +182,12 @@ def test_batch_norm_keeps_its_averages_in_float32_at_least():
     }
 
 
+def test_batch_norm_may_get_its_momentum_from_numpy():
+    layer = nn.BatchNorm2d(4, eps=np.float64(1e-5), momentum=np.float64(0.1))
+    assert layer(np.ones((3, 4, 2, 2), np.float32))[0].dtype == np.float32
+    assert layer.running_mean.data.dtype == layer.running_var.data.dtype == np.float32
+
+
 def test_biases_and_scales_have_no_weight_decay():
     assert [param.decay for param in linear().params()] == [True, False]
     assert [param.decay for param in batch_norm().params()] == [False, False]
@@ -195,6 +201,11 @@ def test_biases_and_scales_have_no_weight_decay():
             batch_norm(),
             (3, 5, 2, 2),
             r"BatchNorm2d: x has shape \(3, 5, 2, 2\), expected \(N, 4, H, W\)",
+        ),
+        (
+            nn.GlobalAvgPool2d(),
+            (3, 5, 2),
+            r"GlobalAvgPool2d: x has shape \(3, 5, 2\), expected \(N, C, H, W\)",
         ),
     ],
 )
@@ -210,6 +221,11 @@ def test_shapes_that_do_not_fit_are_refused(layer, shape, message):
         (linear(), np.ones((3, 4), "f4"), "Linear: x has dtype float32, expected float64 as"),
         (linear(), [1.0], "Linear: x is list, expected a numpy or cupy array"),
         (batch_norm(), np.ones((3, 4, 2, 2), int), "BatchNorm2d: x has dtype int64, expected one"),
+        (
+            batch_norm(),
+            np.ones((3, 4, 2, 2), "f4"),
+            "BatchNorm2d: x has dtype float32, expected float64",
+        ),
     ],
 )
 def test_dtypes_that_do_not_fit_are_refused(layer, x, message):

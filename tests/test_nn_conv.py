@@ -122,10 +122,10 @@ def test_taking_over_a_trained_convolution_changes_no_output(name, modulated, xp
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"kernel_size": 3, "padding": 1}, r"from_conv: padding is \(1, 1\), expected \(0, 0\)"),
-        ({"kernel_size": 3, "stride": 2}, r"from_conv: stride is \(2, 2\), expected \(1, 1\)"),
-        ({"kernel_size": 3, "dilation": 2}, r"from_conv: dilation is \(2, 2\), expected \(1, 1\)"),
-        ({"kernel_size": 3, "groups": 2}, "from_conv: groups is 2, expected 1"),
+        ({"kernel_size": 3, "padding": 1}, r"padding is \(1, 1\), expected \(0, 0\)"),
+        ({"kernel_size": 3, "stride": 2}, r"stride is \(2, 2\), expected \(1, 1\)"),
+        ({"kernel_size": 3, "dilation": 2}, r"dilation is \(2, 2\), expected \(1, 1\)"),
+        ({"kernel_size": 3, "groups": 2}, "groups is 2, expected 1"),
         ({"kernel_size": 3, "bias": False}, r"missing names \['bias'\]"),
         ({"kernel_size": 2}, r"weight has shape \(6, 4, 2, 2\), expected \(6, 4, 3, 3\)"),
     ],
@@ -133,9 +133,15 @@ def test_taking_over_a_trained_convolution_changes_no_output(name, modulated, xp
 def test_a_convolution_that_does_not_fit_is_not_taken_over(other, message):
     layer = deform_conv({"kernel_size": 3}, spread=1.0)
     before = layer.state()
-    with pytest.raises(ValueError, match=f"DeformConv2d.*{message}"):
+    with pytest.raises(ValueError, match=rf"^DeformConv2d.from_conv: .*{message}"):
         layer.from_conv(conv(other))
     assert all(layer.state()[name] is array for name, array in before.items())
+
+
+@pytest.mark.parametrize("other", [nn.DeformConv2d(4, 6, 3), nn.ReLU()], ids=["deformable", "none"])
+def test_only_an_ordinary_convolution_is_taken_over(other):
+    with pytest.raises(TypeError, match=f"conv is {type(other).__name__}, expected Conv2d"):
+        nn.DeformConv2d(4, 6, 3).from_conv(other)
 
 
 def test_multipliers_and_decay_are_set_where_they_belong():
@@ -181,15 +187,13 @@ def test_memory_stays_channels_last(xp):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"kernel_size": 3, "groups": 3},
-            "in_channels is 4, expected a positive multiple of 3",
-        ),
-        ({"kernel_size": 3, "groups": 0}, "in_channels is 4, expected a positive multiple"),
+        ({"kernel_size": 3, "groups": 3}, "in_channels is 4, expected a multiple of groups, 3"),
+        ({"kernel_size": 3, "groups": 0}, "groups is 0, expected at least 1"),
+        ({"kernel_size": 3, "offset_groups": 0}, "offset_groups is 0, expected at least 1"),
         ({"kernel_size": 0}, "kernel_size is 0, expected at least 1"),
         (
             {"kernel_size": 3, "offset_groups": 3},
-            "in_channels is 4, expected a positive",
+            "in_channels is 4, expected a multiple of offset_groups, 3",
         ),
         (
             {"kernel_size": 3, "max_offset": 0.0},
@@ -200,6 +204,13 @@ def test_memory_stays_channels_last(xp):
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=f"^DeformConv2d: {message}"):
         nn.DeformConv2d(4, 6, **options)
+
+
+@pytest.mark.parametrize("name", ["in_channels", "out_channels", "groups", "offset_groups"])
+def test_numbers_of_channels_and_groups_are_integers(name):
+    options = {"in_channels": 4, "out_channels": 6, "kernel_size": 3} | {name: 2.0}
+    with pytest.raises(TypeError, match=f"^DeformConv2d: {name} is 2.0, expected an int"):
+        nn.DeformConv2d(**options)
 
 
 def trained(max_offset=None, max_norm=None):
@@ -247,5 +258,6 @@ def test_bounded_offsets_or_clipped_gradients_save_a_training_that_explodes(agai
 )
 def test_images_that_do_not_fit_are_refused_in_the_words_of_the_layer(kind, x, error, message):
     layer = kind(4, 6, 3, groups=2)
-    with pytest.raises(error, match=f"^{kind.__name__}: x .*{message.removeprefix('x ')}"):
-        layer(x)
+    for call in (layer, layer.offsets) if kind is nn.DeformConv2d else (layer,):
+        with pytest.raises(error, match=f"^{kind.__name__}: x .*{message.removeprefix('x ')}"):
+            call(x)

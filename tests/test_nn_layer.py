@@ -76,6 +76,18 @@ def test_parameters_are_found_by_their_attributes():
     ]
 
 
+def test_parameters_are_found_however_deep_they_lie():
+    net = nn.Layer()
+    net.rows = [[nn.Linear(2, 3, bias=False)], (nn.Linear(2, 3, bias=False),)]
+    net.heads = {"box": nn.Linear(2, 4, bias=False), 5: [nn.Param(np.ones(1))]}
+    assert list(net.state()) == [
+        "rows.0.0.weight",
+        "rows.1.0.weight",
+        "heads.box.weight",
+        "heads.5.0",
+    ]
+
+
 def test_a_network_has_the_gradients_of_its_composition(xp):
     net = network()
     between_pixels = net.layers[4].layers[0].offset_conv.bias
@@ -232,9 +244,21 @@ def test_a_layer_without_a_call_says_so():
         nn.Layer()(1)
 
 
+def test_a_gradient_has_the_dtype_of_its_parameter(xp):
+    layer = nn.Linear(2, 3).to(xp)
+    _, backward = layer(xp.ones((4, 2), np.float32))
+    assert backward(xp.ones((4, 3))).dtype == np.float32
+    assert all(param.grad.dtype == np.float32 for param in layer.params())
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda: nn.Linear(1, 1).load_state({"weight": [[1.0]], "bias": [0.0]}),
+            "Linear.load_state: weight is list, expected an array",
+        ),
+        (lambda: nn.Linear(2.5, 3), "Linear: in_features is 2.5, expected an int"),
         (lambda: nn.Sequential([nn.ReLU()]), "Sequential: got list, expected layers"),
         (lambda: nn.Linear(2, 3).to("cuda"), "to: target is 'cuda', expected numpy, cupy or"),
     ],

@@ -225,3 +225,13 @@ def test_options_that_do_not_fit_are_refused(kind, options, message):
     channels = {"in_channels": 4} if kind.startswith("Deform") else {}
     with pytest.raises(ValueError, match=message):
         getattr(nn, kind)(**({"output_size": 3} | channels | options))
+
+
+def test_images_that_do_not_fit_are_refused_in_the_words_of_the_layer():
+    layer = deformed("DeformRoIPool")
+    message = r"^DeformRoIPool: x has shape \(2, 4, 9, 8\), expected \(N, 12, H, W\)"
+    for call in (layer, layer.offsets):
+        with pytest.raises(ValueError, match=message):
+            call(images(np, channels=4), boxes(np))
+        with pytest.raises(TypeError, match=r"^DeformRoIPool: x is list, expected"):
+            call([1.0], boxes(np))

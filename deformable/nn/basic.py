@@ -5,7 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from deformable._array import Array, array_module, check_dtypes, check_shape, compute_dtype
+from deformable._array import (
+    Array,
+    array_module,
+    compute_dtype,
+    integer,
+    real_number,
+)
 from deformable.nn.distributed import sum_over_ranks
 from deformable.nn.layer import Backward, Buffer, Layer, Param, check_input, he_normal
 
@@ -45,6 +51,8 @@ class Linear(Layer):
         dtype: Any = np.float32,
         rng: np.random.Generator | None = None,
     ) -> None:
+        in_features = integer("Linear", "in_features", in_features, least=1)
+        out_features = integer("Linear", "out_features", out_features, least=1)
         self.weight = Param(he_normal((out_features, in_features), dtype, rng))
         self.bias = Param(np.zeros(out_features, dtype), decay=False) if bias else None
 
@@ -57,6 +65,7 @@ class Linear(Layer):
             y = y + self.bias.data
 
         def backward(grad_y: Array) -> Array:
+            grad_y = grad_y.astype(x.dtype, copy=False)
             self.weight.add_grad(_product(grad_y.T, x))
             if self.bias is not None:
                 total = grad_y.sum(axis=0, dtype=compute_dtype(grad_y.dtype))
@@ -198,12 +207,13 @@ class BatchNorm2d(Layer):
         dtype: Any = np.float32,
     ) -> None:
         wide = compute_dtype(np.dtype(dtype))
+        channels = integer("BatchNorm2d", "channels", channels, least=1)
         self.weight = Param(np.ones(channels, dtype), decay=False)
         self.bias = Param(np.zeros(channels, dtype), decay=False)
         self.running_mean = Buffer(np.zeros(channels, wide))
         self.running_var = Buffer(np.ones(channels, wide))
-        self.eps = eps
-        self.momentum = momentum
+        self.eps = real_number("BatchNorm2d", "eps", eps)
+        self.momentum = real_number("BatchNorm2d", "momentum", momentum)
         self.frozen = frozen
         self.comm = comm
 
@@ -244,8 +254,8 @@ class BatchNorm2d(Layer):
         return (x * _column(scale) + _column(shift)).astype(x.dtype, copy=False)
 
     def _check(self, x: Array) -> None:
-        check_dtypes("BatchNorm2d", {"x": x}, {})
-        check_shape("BatchNorm2d", "x", x, ("N", *self.weight.data.shape, "H", "W"))
+        weight = self.weight.data
+        check_input("BatchNorm2d", x, weight, ("N", *weight.shape, "H", "W"))
 
     def _follow(self, mean: Array, var: Array) -> None:
         """Move the running averages towards those of a batch."""

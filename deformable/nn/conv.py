@@ -11,10 +11,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from deformable._array import Array, Pair, array_module, pair
+from deformable._array import Array, Pair, array_module, integer, pair
 from deformable.conv import conv2d, conv2d_backward
 from deformable.deform_conv import deform_conv2d, deform_conv2d_backward
-from deformable.nn.layer import Backward, Layer, Param, check_input, he_normal
+from deformable.nn.layer import Backward, Layer, Param, check_input, he_normal, load_buffers
 
 
 class Conv2d(Layer):
@@ -63,7 +63,8 @@ class Conv2d(Layer):
         rng: np.random.Generator | None = None,
     ) -> None:
         name = type(self).__name__
-        check_multiples(name, groups, in_channels=in_channels, out_channels=out_channels)
+        groups = integer(name, "groups", groups, least=1)
+        check_multiples(name, "groups", groups, in_channels=in_channels, out_channels=out_channels)
         kernel = pair(name, "kernel_size", kernel_size, least=1)
         self.weight = Param(he_normal((out_channels, in_channels // groups, *kernel), dtype, rng))
         self.bias = Param(np.zeros(out_channels, dtype), decay=False) if bias else None
@@ -169,7 +170,8 @@ class DeformConv2d(Conv2d):
             dtype,
             rng,
         )
-        check_multiples("DeformConv2d", offset_groups, in_channels=in_channels)
+        offset_groups = integer("DeformConv2d", "offset_groups", offset_groups, least=1)
+        check_multiples("DeformConv2d", "offset_groups", offset_groups, in_channels=in_channels)
         if max_offset is not None and not max_offset > 0:
             raise ValueError(f"DeformConv2d: max_offset is {max_offset}, expected above 0")
         self.modulated = modulated
@@ -208,6 +210,7 @@ class DeformConv2d(Conv2d):
 
     def offsets(self, x: Array) -> Array:
         """The offsets (N, 2 * offset_groups * taps, Ho, Wo) in pixels that x leads to."""
+        self._check(x)
         return self._branch(x)[0]
 
     def from_conv(self, conv: Conv2d) -> Self:
@@ -218,6 +221,8 @@ class DeformConv2d(Conv2d):
 
         Raises
         ------
+        TypeError
+            Where ``conv`` is no Conv2d, or a deformable one.
         ValueError
             Where the two layers differ in shape, dtype, stride, padding, dilation or groups, or
             only one of them has a bias.
@@ -232,11 +237,15 @@ class DeformConv2d(Conv2d):
         >>> bool(abs(layer.predict(x) - conv.predict(x)).max() < 1e-5)
         True
         """
+        if not isinstance(conv, Conv2d) or isinstance(conv, DeformConv2d):
+            raise TypeError(
+                f"DeformConv2d.from_conv: conv is {type(conv).__name__}, expected Conv2d"
+            )
         for name in ("stride", "padding", "dilation", "groups"):
             have, want = getattr(conv, name), getattr(self, name)
             if have != want:
                 raise ValueError(f"DeformConv2d.from_conv: {name} is {have}, expected {want}")
-        self.load_state(self._zero_offsets() | conv.state())
+        load_buffers("DeformConv2d.from_conv", self.buffers(), self._zero_offsets() | conv.state())
         if self.modulated:
             self.weight.data = 2 * self.weight.data
         return self
@@ -289,10 +298,10 @@ def sigmoid(x: Array) -> Array:
     return 0.5 + 0.5 * array_module(x).tanh(0.5 * x)
 
 
-def check_multiples(function: str, divisor: int, **channels: int) -> None:
-    """Raise unless every count of channels is a positive multiple of ``divisor``."""
+def check_multiples(function: str, parts: str, number: int, **channels: int) -> None:
+    """Raise unless all counts of channels are positive multiples of the ``number`` of parts."""
     for name, count in channels.items():
-        if divisor < 1 or count < 1 or count % divisor:
+        if integer(function, name, count, least=1) % number:
             raise ValueError(
-                f"{function}: {name} is {count}, expected a positive multiple of {divisor} groups"
+                f"{function}: {name} is {count}, expected a multiple of {parts}, {number}"
             )

@@ -77,8 +77,9 @@ class Stateful:
 
         Raises
         ------
-        ValueError
-            Where a name is missing or unknown, or a shape or dtype differs; nothing is changed.
+        TypeError, ValueError
+            Where a name is missing or unknown, something is no array, or a shape or dtype differs;
+            nothing is changed.
         """
         load_buffers(f"{type(self).__name__}.load_state", self.buffers(), state)
 
@@ -95,12 +96,11 @@ class Layer(Stateful):
         return self(*inputs, **options)[0]
 
     def children(self) -> Iterator[tuple[str, Any]]:
-        """The named attributes in which parameters and layers are looked for."""
-        for name, value in vars(self).items():
-            if isinstance(value, list | tuple):
-                yield from ((f"{name}.{i}", part) for i, part in enumerate(value))
-            else:
-                yield name, value
+        """The named attributes in which parameters and layers are looked for.
+
+        Lists, tuples and dicts are searched too: ``blocks.0`` is the first of ``self.blocks``.
+        """
+        return _leaves("", vars(self))
 
     def buffers(self) -> dict[str, Buffer]:
         """Every :class:`Buffer` and :class:`Param` by its flat name, as ``"0.weight"``.
@@ -184,7 +184,7 @@ class Sequential(Layer):
 def he_normal(shape: tuple[int, ...], dtype: Any, rng: np.random.Generator | None) -> np.ndarray:
     """Weights (outputs, *inputs) of variance 2 / inputs, drawn in float64: He et al. 2015."""
     rng = np.random.default_rng() if rng is None else rng
-    scale = math.sqrt(2 / math.prod(shape[1:]))
+    scale = math.sqrt(2 / max(math.prod(shape[1:]), 1))
     return (rng.standard_normal(shape) * scale).astype(dtype)
 
 
@@ -210,6 +210,17 @@ def move(array: Array, target: Any) -> Array:
         return sys.modules["cupy"].asarray(to_host(array))
 
 
+def _leaves(prefix: str, parts: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """What ``parts`` holds, also in nested lists, tuples and dicts, by flat names."""
+    for key, part in parts.items():
+        if isinstance(part, list | tuple):
+            part = dict(enumerate(part))
+        if isinstance(part, dict):
+            yield from _leaves(f"{prefix}{key}.", part)
+        else:
+            yield f"{prefix}{key}", part
+
+
 def check_state(function: str, buffers: Mapping[str, Buffer], state: Mapping[str, Any]) -> None:
     """Raise unless ``state`` has the names, shapes and dtypes of ``buffers``."""
     missing, unknown = set(buffers) - set(state), set(state) - set(buffers)
@@ -219,6 +230,8 @@ def check_state(function: str, buffers: Mapping[str, Buffer], state: Mapping[str
         )
     for name, buffer in buffers.items():
         have, want = state[name], buffer.data
+        if not (hasattr(have, "shape") and hasattr(have, "dtype")):
+            raise TypeError(f"{function}: {name} is {type(have).__name__}, expected an array")
         if have.shape != want.shape:
             raise ValueError(f"{function}: {name} has shape {have.shape}, expected {want.shape}")
         if have.dtype != want.dtype:

@@ -149,6 +149,7 @@ class GlobalAvgPool2d(Layer):
 
     def __call__(self, x: Array) -> tuple[Array, Backward]:
         """Average x (N, C, H, W)."""
+        check_shape("GlobalAvgPool2d", "x", x, ("N", "C", "H", "W"))
         n, c, h, w = shape = x.shape
         wide = compute_dtype(x.dtype)
         y = (x.sum(axis=(2, 3), dtype=wide) / (h * w)).astype(x.dtype, copy=False)

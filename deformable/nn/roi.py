@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from deformable._array import Array, Pair, integer, pair
+from deformable._array import Array, Pair, check_library, check_shape, integer, pair
 from deformable.deform_roi_pool import (
     deform_ps_roi_pool,
     deform_ps_roi_pool_backward,
@@ -270,8 +270,9 @@ class DeformRoIPool(_DeformPool):
             1, modulated, max_offset, output_size=output_size, spatial_scale=spatial_scale,
             sampling_ratio=sampling_ratio, gamma=gamma,
         )  # fmt: skip
+        self.in_channels = integer("DeformRoIPool", "in_channels", in_channels, least=1)
         _, *bins = self.map_shape
-        features = in_channels * math.prod(bins)
+        features = self.in_channels * math.prod(bins)
         self.offset_fc = Linear(features, math.prod(self.map_shape), dtype=dtype)
         self._begin_at_zero(self.offset_fc, offset_lr_mult)
 
@@ -287,6 +288,8 @@ class DeformRoIPool(_DeformPool):
         return y, backward
 
     def _maps(self, x: Array, rois: Array) -> tuple[Array, Backward]:
+        check_library("DeformRoIPool", {"x": x, "rois": rois})
+        check_shape("DeformRoIPool", "x", x, ("N", self.in_channels, "H", "W"))
         pooled = self._pool(x, rois, None, **self.options)
         flat, flatten_backward = Flatten()(pooled)
         raw, fc_backward = self.offset_fc(flat)
