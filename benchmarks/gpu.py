@@ -152,6 +152,8 @@ def issue_seconds(call: Call, calls: int = BATCH) -> float:
 class Graph:
     """Calls captured once and replayed together, without the host's work between them."""
 
+    _pool: Any = None
+
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls = len(calls)
         self._pool = cupy.cuda.MemoryPool()  # what the graph writes to belongs to nobody else
@@ -165,6 +167,11 @@ class Graph:
                 self._results = [call() for call in calls]
             finally:
                 self._graph = stream.end_capture()
+
+    def __del__(self) -> None:
+        self._graph = self._results = None
+        if self._pool is not None:
+            self._pool.free_all_blocks()  # a pool does not do so when it ends
 
     def replay(self) -> None:
         self._graph.launch(cupy.cuda.Stream.null)
@@ -195,12 +202,12 @@ class TorchGraph(Graph):
 
 
 def captured(kind: type[Graph], calls: Sequence[Call]) -> Graph | None:
-    """The calls as a graph, or None where they cannot be captured, as those of cuBLAS by cupy."""
+    """The calls as a graph, or None where cupy cannot capture them, or has no memory left."""
     if not HAVE_GPU:
         return None
     try:
         return kind(calls)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:  # RuntimeError: as cuBLAS calls
         print(f"not captured: {type(error).__name__}: {error}", file=sys.stderr)
         synchronize()
         return None
