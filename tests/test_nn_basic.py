@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from deformable import nn
-from deformable.testing import check_layer, error_bound
+from deformable.testing import EPSILON, check_layer, error_bound
 from tests.arrays import host
 
 
@@ -96,6 +96,16 @@ def test_linear_is_a_product_and_a_sum(xp):
     expected = host(xp, x) @ host(xp, layer.weight.data).T + [1.0, 2.0, 3.0]
     error = abs(host(xp, layer.predict(x)) - expected).max()
     assert error <= error_bound("float64", abs(expected).max(), terms=5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_product_of_one_number_is_rounded_once(dtype, xp):
+    pytest.importorskip("ml_dtypes")
+    a = 1 + 3 * EPSILON[dtype]
+    layer = nn.Linear(2, 1, bias=False, dtype=dtype)
+    layer.load_state({"weight": np.array([[a, -1]], dtype)})
+    y = layer.to(xp).predict(xp.asarray(np.array([[a, 1]], dtype)))
+    assert host(xp, y) == np.array(a * a - 1, dtype)
 
 
 def test_flatten_orders_channels_rows_columns(xp):

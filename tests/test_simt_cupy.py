@@ -261,17 +261,25 @@ def test_a_gpu_does_not_warn():
 
 
 def test_memory_orders_are_kept():
-    nhwc = np.zeros((2, 4, 5, 3), "f4").transpose(0, 3, 1, 2)
+    nhwc = cupy.zeros((2, 4, 5, 3), "f4").transpose(0, 3, 1, 2)
     for made in (
-        cupy.asarray(nhwc),
-        cupy.empty_like(cupy.asarray(nhwc)),
-        cupy.asarray(nhwc) + 1,
-        cupy.asarray(nhwc).astype("f8").astype("f4"),
+        cupy.asarray(nhwc, "f8").astype("f4"),
+        cupy.array(nhwc),
+        cupy.empty_like(nhwc),
+        nhwc + 1,
     ):
         assert made.strides == nhwc.strides
-    assert cupy.ascontiguousarray(cupy.asarray(nhwc)).flags.c_contiguous
-    assert cupy.asarray(nhwc).copy().flags.c_contiguous
-    assert cupy.asarray(nhwc).astype("f4", order="C", copy=False).flags.c_contiguous
+    assert cupy.ascontiguousarray(nhwc).flags.c_contiguous
+    assert nhwc.copy().flags.c_contiguous
+    assert nhwc.astype("f4", order="C", copy=False).flags.c_contiguous
+
+
+def test_what_comes_from_the_host_is_in_c_or_fortran_order():
+    host = np.arange(24.0).reshape(2, 3, 4)
+    assert cupy.asarray(host.T).flags.f_contiguous
+    for other in (host, host.transpose(0, 2, 1), host[:, ::-1]):
+        assert cupy.asarray(other).flags.c_contiguous
+        np.testing.assert_array_equal(cupy.asarray(other).get(), other)
 
 
 # ---- memory

@@ -269,7 +269,11 @@ class BatchNorm2d(Layer):
 
 def _product(a: Array, b: Array) -> Array:
     """``a @ b`` in their dtype: NumPy answers float32 for bfloat16."""
-    return (a @ b).astype(a.dtype, copy=False)
+    dtype = a.dtype
+    if a.shape[0] == b.shape[1] == 1:  # which CuPy would make a sum of rounded products
+        wide = compute_dtype(dtype)
+        a, b = a.astype(wide, copy=False), b.astype(wide, copy=False)
+    return (a @ b).astype(dtype, copy=False)
 
 
 def _column(channels: Array) -> Array:

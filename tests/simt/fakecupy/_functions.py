@@ -134,6 +134,8 @@ def array(obj, dtype=None, copy=True, order="K"):
             return wrap(np.array(obj._host, dtype, order=order))
     if isinstance(obj, list | tuple) and any(is_native(x) for x in obj):
         obj = [_host(x) for x in obj]
+    if order in ("K", "A"):  # what comes from the host keeps no other order than these
+        order = "F" if isinstance(obj, np.ndarray) and obj.flags.fnc else "C"
     return wrap(np.array(obj, dtype, order=order))
 
 
@@ -200,6 +202,10 @@ def _product(function, *operands, out=None):
     hosts = [_host(x) for x in operands]
     dtype = np.result_type(*hosts)
     if dtype.name in LOW_PRECISION:
+        if function is np.matmul and {*hosts[0].shape[:-1], *hosts[1].shape[1:]} <= {1}:
+            a, b = hosts  # CuPy rounds the products of a result of one number
+            with np.errstate(all="ignore"):
+                hosts = [(a.ravel() * b.ravel()).reshape(a.shape), np.ones_like(b)]
         hosts = [x.astype(np.float32) for x in hosts]
     with np.errstate(all="ignore"):
         result = np.asarray(function(*hosts)).astype(dtype, copy=False)
