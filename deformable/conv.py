@@ -377,14 +377,11 @@ def columns_from_groups(columns: np.ndarray, g: ConvGeometry) -> np.ndarray:
     return split.reshape(m, -1)
 
 
-def _inside(padded: np.ndarray, g: ConvGeometry) -> np.ndarray:
-    """The (N, H, W, C) image within its padding: a view."""
-    return padded[:, g.pad_h : g.pad_h + g.height, g.pad_w : g.pad_w + g.width]
-
-
-def _padding(g: ConvGeometry, dtype: np.dtype) -> np.ndarray:
+def _padding(g: ConvGeometry, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Zeros for a padded image, channels-last, and the view (N, H, W, C) of what is inside."""
     height, width = g.height + 2 * g.pad_h, g.width + 2 * g.pad_w
-    return np.zeros((g.batch, height, width, g.channels), dtype)
+    padded = np.zeros((g.batch, height, width, g.channels), dtype)
+    return padded, padded[:, g.pad_h : g.pad_h + g.height, g.pad_w : g.pad_w + g.width]
 
 
 def _windows(padded: np.ndarray, g: ConvGeometry) -> np.ndarray:
@@ -395,12 +392,17 @@ def _windows(padded: np.ndarray, g: ConvGeometry) -> np.ndarray:
     return windows.transpose(0, 1, 2, 4, 5, 3)
 
 
+def _image_windows(x: np.ndarray, g: ConvGeometry, dtype: np.dtype) -> np.ndarray:
+    """The windows of the image (N, C, H, W)."""
+    padded, inside = _padding(g, dtype)
+    fill_channels_last(inside, x)
+    return _windows(padded, g)
+
+
 @np.errstate(all="ignore")
 def _numpy_forward(g, x, weight, bias):
     dtype = compute_dtype(x.dtype)
-    padded = _padding(g, dtype)
-    fill_channels_last(_inside(padded, g), x)
-    windows = _windows(padded, g)
+    windows = _image_windows(x, g, dtype)
     packed = pack_weight(weight, g, dtype)
     y = np.empty((g.batch * g.positions, g.out_channels), dtype)
     for images, lines, positions in blocks(g, g.taps * g.channels * dtype.itemsize):
@@ -417,25 +419,28 @@ def _numpy_backward(g, grad_y, x, weight, wanted):
     dtype = compute_dtype(x.dtype)
     grad = gradient_rows(grad_y, g, dtype)
     packed = pack_weight(weight, g, dtype)
-    padded, grad_padded = _padding(g, dtype), _padding(g, dtype)
-    fill_channels_last(_inside(padded, g), x)
-    windows, grad_windows = _windows(padded, g), _windows(grad_padded, g)
-    grad_packed = np.zeros_like(packed)
-    for images, lines, positions in blocks(g, g.taps * g.channels * dtype.itemsize):
+    if "weight" in wanted:
+        windows, grad_packed = _image_windows(x, g, dtype), np.zeros_like(packed)
+    if "x" in wanted:
+        grad_padded, inside = _padding(g, dtype)
+        grad_windows = _windows(grad_padded, g)
+    size = g.taps * g.channels
+    for images, lines, positions in (
+        blocks(g, size * dtype.itemsize) if wanted & {"x", "weight"} else ()
+    ):
         grad_out = by_group(grad[positions], g)
-        seen, grad_seen = windows[images, lines], grad_windows[images, lines]
         if "weight" in wanted:
-            columns = seen.reshape(grad_out.shape[1], g.taps * g.channels)
+            columns = windows[images, lines].reshape(grad_out.shape[1], size)
             grad_packed += grad_out.mT @ columns_by_group(columns, g)
         if "x" in wanted:
-            grad_columns = columns_from_groups(grad_out @ packed, g)
-            grad_columns = grad_columns.reshape(seen.shape)
+            grad_seen = grad_windows[images, lines]
+            grad_columns = columns_from_groups(grad_out @ packed, g).reshape(grad_seen.shape)
             for i, j in np.ndindex(g.kernel_h, g.kernel_w):
                 # windows overlap, but those of one tap never do
                 grad_seen[:, :, :, i, j] += grad_columns[:, :, :, i, j]
-    grad_weight = unpack_weight(grad_packed, g, x.dtype)
-    inside = _inside(grad_padded, g).astype(x.dtype) if "x" in wanted else None
-    return _gradients(x, wanted, inside, grad_weight, grad)
+    grad_image = inside.astype(x.dtype) if "x" in wanted else None
+    grad_weight = unpack_weight(grad_packed, g, x.dtype) if "weight" in wanted else None
+    return _gradients(x, wanted, grad_image, grad_weight, grad)
 
 
 # ---- CUDA: cuda/conv.cu; where there are tensor cores, _fused.py and _fused_backward.py
@@ -493,20 +498,21 @@ def _cuda_forward(g, x, weight, bias):
 
 def _cuda_backward(g, grad_y, x, weight, wanted):
     with x.device:
-        image = channels_last(x, x.dtype)
         grad = gradient_rows(grad_y, g, x.dtype)
-        run = _column_gradients
-        if _fused.covers(g, x):
-            run = _depthwise_gradients if _fused.is_depthwise(g) else _fused_gradients
-        return _gradients(x, wanted, *run(g, grad, image, weight, wanted), grad)
+        grad_image = grad_weight = None
+        if wanted & {"x", "weight"}:
+            run = _column_gradients
+            if _fused.covers(g, x):
+                run = _depthwise_gradients if _fused.is_depthwise(g) else _fused_gradients
+            grad_image, grad_weight = run(g, grad, channels_last(x, x.dtype), weight, wanted)
+        return _gradients(x, wanted, grad_image, grad_weight, grad)
 
 
 def _fused_gradients(g, grad, image, weight, wanted):
     """The gradients by kernels that make columns, and multiply for their gradients, themselves."""
     grad_image = grad_weight = None
     o = _fused.operands(image, None, None)
-    if wanted & {"x", "weight"}:
-        grad = _fused_backward.pack_rows(g, o, grad)
+    grad = _fused_backward.pack_rows(g, o, grad)
     if "weight" in wanted:
         grad_weight = _fused_backward.weight_gradient(g, o, grad, image, weight)
     if "x" in wanted:

@@ -178,8 +178,8 @@ def deform_conv2d_backward(
 
     - packed weights, the gradient of `x` in the dtype of sums, and copies of arrays that do not
       lie channels-last;
-    - at most ``WORKSPACE_BYTES``, 128 MB: first for partial sums of the gradient of the weights,
-      later for the columns and samples of a chunk of positions;
+    - at most 128 MiB: first for partial sums of the gradient of the weights, later for the columns
+      and samples of a chunk of positions;
     - 8 bytes per pixel and offset group of the images of a chunk;
     - another copy of `grad_y` if it is rounded to TF32, or if the output channels of a group do
       not fill units of 16 bytes.
@@ -325,11 +325,12 @@ def _numpy_backward(g, grad_y, x, offset, weight, mask, wanted):
         for images, lines, positions in some:
             samples, scale = samples_of(images, lines, taps)
             seen = samples.seen(_pixels(image, images, g))
-            matrix = samples.matrix(scale, seen)
             rows = grad[positions]
-            columns = (matrix @ seen).reshape(len(rows), -1)
-            grad_out, columns = by_group(rows, g), columns_by_group(columns, g)
+            grad_out, columns = by_group(rows, g), None
+            if wanted & {"x", "weight"}:
+                matrix = samples.matrix(scale, seen)
             if "weight" in wanted:
+                columns = columns_by_group((matrix @ seen).reshape(len(rows), -1), g)
                 grad_packed += grad_out.mT @ columns
             if wanted & {"x", "offset", "mask"}:
                 grad_columns = np.matmul(grad_out, packed, out=columns)  # read, their room is free
@@ -375,22 +376,24 @@ def _cuda_forward(g, x, offset, weight, bias, mask):
 
 
 def _cuda_backward(g, grad_y, x, offset, weight, mask, wanted):
-    xp, fill = array_module(x), _column_gradients
+    xp = array_module(x)
     with x.device:
-        if _fused.covers(g, x):
-            fill = _depthwise_gradients if _fused.is_depthwise(g) else _fused_gradients
-        image = channels_last(x, x.dtype)
         grad = gradient_rows(grad_y, g, x.dtype)
         size = (g.batch, g.out_height, g.out_width)
-        grad_image = grad_offset = grad_mask = None
+        grad_image = grad_offset = grad_mask = grad_weight = None
         if "x" in wanted:
-            grad_image = xp.empty(image.shape, compute_dtype(x.dtype))
+            grad_image = xp.empty((g.batch, g.height, g.width, g.channels), compute_dtype(x.dtype))
         if wanted & {"offset", "mask"}:
             grad_offset = xp.empty((*size, offset.shape[1]), offset.dtype)
         if "mask" in wanted:
             grad_mask = xp.empty((*size, mask.shape[1]), mask.dtype)
-        o, out = _fused.operands(image, offset, mask), (grad_image, grad_offset, grad_mask)
-        grad_weight = fill(g, o, grad, image, offset, weight, mask, "weight" in wanted, out)
+        if wanted - {"bias"}:
+            fill = _column_gradients
+            if _fused.covers(g, x):
+                fill = _depthwise_gradients if _fused.is_depthwise(g) else _fused_gradients
+            image, out = channels_last(x, x.dtype), (grad_image, grad_offset, grad_mask)
+            o = _fused.operands(image, offset, mask)
+            grad_weight = fill(g, o, grad, image, offset, weight, mask, "weight" in wanted, out)
         return _gradients(
             x, offset, mask, wanted, grad_image, grad_offset, grad_weight, grad, grad_mask
         )
@@ -401,8 +404,7 @@ def _fused_gradients(g, o, grad, image, offset, weight, mask, weight_wanted, out
     xp, grad_weight = array_module(image), None
     grad_image, grad_offset, grad_mask = out
     of_image, of_samples = grad_image is not None, grad_offset is not None
-    if weight_wanted or of_image or of_samples:
-        rows = _fused_backward.pack_rows(g, o, grad)
+    rows = _fused_backward.pack_rows(g, o, grad)
     if weight_wanted:
         grad_weight = _fused_backward.weight_gradient(g, o, rows, image, weight, offset, mask)
     if of_image or of_samples:

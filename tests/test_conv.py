@@ -217,6 +217,17 @@ def test_wrt_computes_only_what_it_names(xp):
 
 
 @pytest.mark.parametrize(
+    ("field", "unneeded"),
+    [("bias", "_windows"), ("bias", "blocks"), ("weight", "columns_from_groups")],
+)
+def test_wrt_skips_the_work_for_others(field, unneeded, monkeypatch):
+    arrays, keywords = random_case(np.random.default_rng(5))
+    y = conv2d(**arrays, **keywords)
+    monkeypatch.delattr(deformable.conv, unneeded)
+    assert getattr(conv2d_backward(y, **arrays, **keywords, wrt=(field,)), field) is not None
+
+
+@pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"groups": 2}, ValueError, "weight has shape"),

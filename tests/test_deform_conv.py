@@ -12,6 +12,7 @@ from deformable import (
     deform_conv2d,
     deform_conv2d_backward,
 )
+from deformable._bilinear import Samples
 from deformable.conv import Chunk, conv_geometry
 from deformable.testing import check_backward, error_bound
 from tests import reference
@@ -369,6 +370,24 @@ def test_wrt_computes_only_what_it_names(field, xp):
     only = deform_conv2d_backward(grad_y, **arrays, **keywords, wrt=[field])
     assert_array_equal(host(xp, getattr(only, field)), host(xp, getattr(everything, field)))
     assert [f for f in FIELDS if getattr(only, f) is not None] == [field]
+
+
+@pytest.mark.parametrize(
+    ("field", "unneeded"),
+    [
+        ("x", "gradients"),
+        ("offset", "matrix"),
+        ("weight", "gradients"),
+        ("bias", "seen"),
+        ("mask", "matrix"),
+    ],
+)
+def test_wrt_skips_the_work_for_others(field, unneeded, monkeypatch):
+    arrays, keywords = random_case(np.random.default_rng(11), mask=True, bias=True)
+    grad_y = deform_conv2d(**arrays, **keywords)
+    monkeypatch.delattr(Samples, unneeded)
+    only = deform_conv2d_backward(grad_y, **arrays, **keywords, wrt=[field])
+    assert getattr(only, field) is not None
 
 
 def test_absent_arguments_have_no_gradient(xp):
