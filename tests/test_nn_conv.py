@@ -99,6 +99,11 @@ def test_a_bound_holds_however_large_the_prediction(xp):
     assert abs(offsets).min() >= 0.1
 
 
+def test_a_bound_may_come_from_numpy(xp):
+    layer = nn.DeformConv2d(4, 6, 3, max_offset=np.float64(2.0)).to(xp)
+    assert layer.offsets(xp.ones((1, 4, 5, 5), np.float32)).dtype == np.float32
+
+
 def test_a_bound_hardly_changes_small_offsets(xp):
     bounded = deform_conv({"kernel_size": 3, "max_offset": 8.0}, spread=0.01).to(xp)
     free = deform_conv({"kernel_size": 3}, spread=0.01).to(xp)
@@ -198,6 +203,10 @@ def test_memory_stays_channels_last(xp):
         (
             {"kernel_size": 3, "max_offset": 0.0},
             "max_offset is 0.0, expected above 0",
+        ),
+        (
+            {"kernel_size": 3, "max_offset": np.inf},
+            "max_offset is inf, expected a finite number",
         ),
     ],
 )

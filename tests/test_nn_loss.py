@@ -188,5 +188,7 @@ def test_mistakes_are_refused(xp):
         nn.mse(logits, logits[:4])
     with pytest.raises(TypeError, match="smooth_l1: target has dtype float32, expected float64"):
         nn.smooth_l1(logits, logits.astype(np.float32))
-    with pytest.raises(ValueError, match="smooth_l1: beta is 0, expected above 0"):
+    with pytest.raises(ValueError, match=r"smooth_l1: beta is 0.0, expected above 0"):
         nn.smooth_l1(logits, logits, beta=0)
+    with pytest.raises(ValueError, match="smooth_l1: beta is inf, expected a finite number"):
+        nn.smooth_l1(logits, logits, beta=np.inf)

@@ -226,6 +226,15 @@ def test_gradients_are_clipped_to_a_positive_norm(max_norm):
         nn.clip_grad_norm([], max_norm)
 
 
+def test_an_infinite_norm_changes_no_gradient(xp):
+    params, grads = params_and_grads(xp, "float32")
+    for param, grad in zip(params, grads[0], strict=True):
+        param.add_grad(grad)
+    assert float(nn.clip_grad_norm(params, np.inf)) == float(nn.clip_grad_norm(params, 1e6))
+    for param, grad in zip(params, grads[0], strict=True):
+        assert_array_equal(host(xp, param.grad), host(xp, grad))
+
+
 def test_clipping_nothing_is_nothing():
     assert float(nn.clip_grad_norm([nn.Param(np.ones(3))], 1.0)) == 0
 

@@ -218,6 +218,7 @@ def test_layers_are_saved_and_loaded(name, tmp_path, xp):
         ("RoIPool", {"output_size": 0}, "RoIPool: output_size is 0, expected at least 1"),
         ("PSRoIAlign", {"output_size": 0}, "PSRoIAlign: output_size is 0, expected at least 1"),
         ("DeformRoIPool", {"max_offset": 0.0}, "DeformRoIPool: max_offset is 0.0, expected above"),
+        ("DeformPSRoIPool", {"max_offset": np.inf}, "max_offset is inf, expected a finite"),
         ("DeformPSRoIPool", {"classes": 0}, "DeformPSRoIPool: classes is 0, expected at least 1"),
     ],
 )

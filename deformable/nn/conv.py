@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from deformable._array import Array, Pair, array_module, integer, pair
+from deformable._array import Array, Pair, array_module, integer, pair, real_number
 from deformable.conv import conv2d, conv2d_backward
 from deformable.deform_conv import deform_conv2d, deform_conv2d_backward
 from deformable.nn.layer import Backward, Layer, Param, check_input, he_normal, load_buffers
@@ -112,11 +112,11 @@ class DeformConv2d(Conv2d):
     offset_lr_mult : float
         Learning rate of the predicting convolution relative to the rest. Lower it where offsets
         grow without bound.
+    rng : numpy.random.Generator, optional
+        Draws the weights as in :class:`Conv2d`.
     max_offset : float, optional
         Bounds every offset smoothly: ``max_offset * tanh(predicted / max_offset)`` pixels.
     dtype : dtype
-    rng : numpy.random.Generator, optional
-        Draws the weights as in :class:`Conv2d`.
 
     Attributes
     ----------
@@ -172,10 +172,8 @@ class DeformConv2d(Conv2d):
         )
         offset_groups = integer("DeformConv2d", "offset_groups", offset_groups, least=1)
         check_multiples("DeformConv2d", "offset_groups", offset_groups, in_channels=in_channels)
-        if max_offset is not None and not max_offset > 0:
-            raise ValueError(f"DeformConv2d: max_offset is {max_offset}, expected above 0")
         self.modulated = modulated
-        self.max_offset = max_offset
+        self.max_offset = offset_bound("DeformConv2d", max_offset)
         taps = offset_groups * math.prod(self.weight.data.shape[2:])
         self.offset_channels = 2 * taps
         self.offset_conv = Conv2d(
@@ -296,6 +294,15 @@ def split_offsets(
 def sigmoid(x: Array) -> Array:
     """1 / (1 + exp(-x)) in a form that cannot overflow."""
     return 0.5 + 0.5 * array_module(x).tanh(0.5 * x)
+
+
+def offset_bound(function: str, limit: float | None) -> float | None:
+    """``max_offset`` as a finite Python float above 0, or None."""
+    if limit is not None:
+        limit = real_number(function, "max_offset", limit)
+        if limit <= 0:
+            raise ValueError(f"{function}: max_offset is {limit}, expected above 0")
+    return limit
 
 
 def check_multiples(function: str, parts: str, number: int, **channels: int) -> None:

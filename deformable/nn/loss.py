@@ -12,6 +12,7 @@ from deformable._array import (
     check_library,
     check_shape,
     compute_dtype,
+    real_number,
 )
 
 
@@ -143,7 +144,8 @@ def smooth_l1(pred: Array, target: Array, beta: float = 1.0) -> tuple[Array, Arr
     >>> float(loss), grad.tolist()
     (1.3125, [0.25, 0.5])
     """
-    if not beta > 0:
+    beta = real_number("smooth_l1", "beta", beta)
+    if beta <= 0:
         raise ValueError(f"smooth_l1: beta is {beta}, expected above 0")
     difference = _difference("smooth_l1", pred, target)
     xp = array_module(difference)

@@ -232,7 +232,7 @@ def clip_grad_norm(params: Iterable[Param], max_norm: float) -> Array:
     params : iterable of Param
         Those without a gradient are passed over.
     max_norm : float
-        Above 0.
+        Above 0; infinity only asks for the norm.
 
     Returns
     -------
@@ -256,7 +256,7 @@ def clip_grad_norm(params: Iterable[Param], max_norm: float) -> Array:
     xp = array_module(given[0][1])
     squares = [xp.square(grad.astype(compute_dtype(grad.dtype))).sum() for _, grad in given]
     norm = xp.sqrt(sum(squares[1:], start=squares[0]))
-    scale = max_norm / xp.maximum(norm, max_norm)
+    scale = 1 / xp.maximum(norm / float(max_norm), 1)
     for param, grad in given:
         param.grad = (grad * scale).astype(grad.dtype, copy=False)
     return norm

@@ -23,7 +23,7 @@ from deformable.deform_roi_pool import (
     deform_roi_pool_backward,
 )
 from deformable.nn.basic import Flatten, Linear
-from deformable.nn.conv import Conv2d, split_offsets
+from deformable.nn.conv import Conv2d, offset_bound, split_offsets
 from deformable.nn.layer import Backward, Layer
 from deformable.roi_align import ps_roi_align, ps_roi_align_backward, roi_align, roi_align_backward
 from deformable.roi_pool import ps_roi_pool, ps_roi_pool_backward, roi_pool, roi_pool_backward
@@ -179,9 +179,7 @@ class _DeformPool(_Pool):
     ) -> None:
         super().__init__(**options)
         name = type(self).__name__
-        if max_offset is not None and not max_offset > 0:
-            raise ValueError(f"{name}: max_offset is {max_offset}, expected above 0")
-        self.max_offset = max_offset
+        self.max_offset = offset_bound(name, max_offset)
         self.offset_channels = 2 * integer(name, "classes", classes, least=1)
         self.map_shape = (self.offset_channels + modulated, *self.options["output_size"])
 
