@@ -256,16 +256,16 @@ def boxes(function: str, g: RoIGeometry, rule: Rule, rois: np.ndarray) -> Boxes:
         )
     first, last = rois[:, 1:3], rois[:, 3:5]
     if rule.rounding == IMAGE:
-        first, last = _round(first), _round(last) + 1
+        first, last = round_half_away(first), round_half_away(last) + 1
     first, last = first * g.spatial_scale, last * g.spatial_scale
     if rule.rounding == MAP:
-        first, last = _round(first), _round(last) + 1
+        first, last = round_half_away(first), round_half_away(last) + 1
     first, last = first - rule.shift, last - rule.shift
     size = np.fmax(last - first, rule.least)
     return Boxes(image.astype(np.int64), first[:, 1], first[:, 0], size[:, 1], size[:, 0])
 
 
-def _round(v: np.ndarray) -> np.ndarray:
+def round_half_away(v: np.ndarray) -> np.ndarray:
     """To the nearest integer, half away from zero, as ``round`` of C (np.rint: half to even)."""
     whole = np.trunc(v)
     return whole + np.copysign(np.abs(v - whole) >= 0.5, v)

@@ -29,6 +29,7 @@ from scipy.ndimage import map_coordinates
 
 from deformable import nn
 from deformable._array import Array, Pair, array_module, check_shape, pair
+from deformable._roi import round_half_away
 from deformable.nn.layer import to_host
 
 GREEN, ORANGE, YELLOW, BLUE = "#009E73", "#D55E00", "#F0E442", "#56B4E9"
@@ -369,7 +370,7 @@ def offset_field(
     index : int
         The image of the batch.
     every : int
-        Draw every so manieth arrow along both axes.
+        Draw every `every`-th arrow along both axes.
     magnify : float
         Draw arrows longer than they are.
     colours : bool
@@ -463,7 +464,7 @@ def roi_bins(
         raise ValueError(f"roi_bins: roi has shape {roi.shape}, expected (4,) or (5,)")
     corners = roi[-4:].reshape(2, 2)
     if rounded:
-        corners = np.copysign(np.floor(np.abs(corners) + 0.5), corners)  # C's round
+        corners = round_half_away(corners)
         corners[1] += 1
     size = corners[1] - corners[0]
     step = size / (columns, rows)

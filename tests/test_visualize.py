@@ -194,6 +194,8 @@ def test_rounded_rois_contain_their_last_pixel_and_share_parts():
     # 1 .. 9 and −1 .. 9, both ends included: 9 wide and 11 high
     assert_allclose(bins[:, 0, 0], 0.5 + 0.9 * np.array([1, 1, 2]))
     assert_allclose(bins[:, 0, 1], -1.5 + 11 / 3 * np.arange(3))
+    below_half = visualize.roi_bins((np.nextafter(0.5, 0), 0, 1, 1), output_size=1, rounded=True)
+    assert below_half[0, 0].tolist() == [-0.5, -0.5, 1.5, 1.5]
 
 
 def test_input_gradient_sees_the_pixels_of_the_taps():
