@@ -34,6 +34,8 @@ _precision = contextvars.ContextVar("float32_precision", default="highest")
 def float32_precision(precision: str) -> Iterator[None]:
     """What float32 products may be computed in on a GPU, within a ``with`` block.
 
+    Every call looks at it for itself: that of a backward has to be within the block too.
+
     Parameters
     ----------
     precision : {"highest", "high"}

@@ -4,7 +4,7 @@
     q = corner + p · bin + gamma · size[k] · offset[k, p] + step of the sample
 
 X is the image between its pixels, clamped to them as in ``roi_align``; offsets are fractions of
-the RoI's size, times gamma. It is Eq. 5-6 of Dai et al., "Deformable Convolutional Networks"
+the RoI's size, times gamma. It is Eq. 6 of Dai et al., "Deformable Convolutional Networks"
 (2017), and the modulated form of Zhu et al., "Deformable ConvNets v2" (2018).
 
 RoI offsets are **(dx, dy)**; those of a deformable convolution are (dy, dx).
@@ -120,7 +120,8 @@ def deform_roi_pool(
     -----
     With offsets of zero it is ``roi_align(..., aligned=True)``, bit for bit, and the rules for
     samples at the border are that operator's.
-    Dai et al. 2017 (arXiv 1703.06211), Eq. 5; Zhu et al. 2018 (arXiv 1811.11168), Eq. 2.
+    Dai et al. 2017 (arXiv 1703.06211), Eq. 6, with the samples of RoIAlign; Zhu et al. 2018
+    (arXiv 1811.11168), Eq. 2.
 
     Examples
     --------
