@@ -30,13 +30,13 @@ from benchmarks.harness import (
     verify,
 )
 from benchmarks.workloads import Convolution, draw
-from deformable import _fused, _fused_backward, conv
+from deformable import _conv, _fused, _fused_backward
 
 SHAPES = ("D3", "D4", "B1", "B4")
 DTYPES = ("float32", "tf32", "float16")
 # a constant of the library and what else it could be
 CHOICES: list[tuple[ModuleType, str, tuple[Any, ...]]] = [
-    (conv, "CHUNK_BYTES", (8 << 20, 16 << 20, 64 << 20)),
+    (_conv, "CHUNK_BYTES", (8 << 20, 16 << 20, 64 << 20)),
     (_fused, "LEAST_STEPS", (4, 16)),
     (_fused, "WIDTHS", ((64, 128), (32, 64))),
     (_fused_backward, "LEAST_STAGES", (8, 32)),

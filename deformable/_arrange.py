@@ -16,10 +16,10 @@ SIDE = 32  # pixels, and channels, that a block copies
 
 def channels_last(x: Array, dtype: np.dtype) -> Array:
     """The (N, C, H, W) image as a contiguous (N, H, W, C) array; no copy if it lies so already."""
-    xp, seen = array_module(x), x.transpose(0, 2, 3, 1)
-    if x.dtype == dtype and seen.flags.c_contiguous:
-        return seen
-    out = xp.empty(seen.shape, dtype)
+    xp, nhwc = array_module(x), x.transpose(0, 2, 3, 1)
+    if x.dtype == dtype and nhwc.flags.c_contiguous:
+        return nhwc
+    out = xp.empty(nhwc.shape, dtype)
     if xp is np:
         fill_channels_last(out, x)
     else:
@@ -51,10 +51,10 @@ def cuda_rows(array: Array, groups: int, classes: int, pitch: int, dtype: np.dty
     """
     n, c, h, w = array.shape
     shape = n * h * w * groups * classes, pitch
-    seen = array.transpose(0, 2, 3, 1)
+    nhwc = array.transpose(0, 2, 3, 1)
     in_order = c == groups * classes * pitch and 1 in (groups, classes * pitch)
-    if in_order and array.dtype == dtype and seen.flags.c_contiguous:
-        return seen.reshape(shape)
+    if in_order and array.dtype == dtype and nhwc.flags.c_contiguous:
+        return nhwc.reshape(shape)
     rows = array_module(array).empty(shape, dtype)
     _launch(groups, classes, pitch, dtype, array.shape, array.strides, array.dtype)(array, rows)
     return rows
@@ -96,5 +96,5 @@ def _launch(
     blocks = n * -(-h * w // SIDE) * groups * -(-row // SIDE)
     return _cuda.Launch(
         "arrange.cu", "arrange", (blocks,), (SIDE, min(row, 8)), layout,
-        DTYPE=dtype, FROM=given, INDEX="int", VEC=1,
+        DTYPE=dtype, FROM=given, INDEX="int", VEC=1, SIDE=SIDE,
     )  # fmt: skip

@@ -24,6 +24,7 @@ CTYPE = {
     "float64": "double",
 }
 THREADS = 256
+GRID_MAX = 65535  # blocks along the second and third axis of a grid
 LOAD_BYTES = 16  # that a thread loads at once, at most; what is allocated is aligned to them
 
 _shared_memory = threading.Lock()
@@ -186,6 +187,11 @@ def row_launch(file: str, name: str, rows: int, width: int, *values: Any, **defi
     """
     lanes, per_block = row_block(width)
     return Launch(file, name, (-(-rows // per_block),), (lanes, per_block), *values, **defines)
+
+
+def threads(count: int) -> tuple[tuple[int], tuple[int]]:
+    """Grid and block for so many threads."""
+    return (-(-count // THREADS),), (THREADS,)
 
 
 def row_block(width: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ that is 128 KiB per multiprocessor.
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,12 +25,9 @@ from deformable._array import (
     array_module,
     compute_dtype,
 )
-
-if TYPE_CHECKING:
-    from deformable.conv import ConvGeometry
+from deformable._conv import ConvGeometry
 
 TENSOR_CORES = 80  # the compute capability from which on they know bfloat16 and TF32
-GRID_MAX = 65535  # blocks along the second and third axis of a grid
 UNIT_BYTES = 16  # of channels that a lane loads at once
 STEP_UNITS = 4  # of a position that are multiplied at once, one by each lane of a quad
 WIDTHS = (32, 64, 128)  # output channels of a tile
@@ -91,7 +88,7 @@ class View(NamedTuple):
 class Operands(NamedTuple):
     """What of its arrays, and of where it runs, tells how a convolution of given sizes is done."""
 
-    processors: int
+    multiprocessors: int
     shared: int  # bytes per multiprocessor
     terms: int  # products on tensor cores that make one: 3 of TF32 are one of float32
     dtype: np.dtype
@@ -150,27 +147,27 @@ def resources(device: int) -> tuple[int, int]:
     return attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerMultiprocessor"]
 
 
-def covers(g: "ConvGeometry", x: Array) -> bool:
+def covers(g: ConvGeometry, x: Array) -> bool:
     """Whether these kernels compute this convolution on the device of ``x``."""
     return _covers(g, x.dtype, x.device.compute_capability)
 
 
 @functools.lru_cache(maxsize=CALLS)
-def _covers(g: "ConvGeometry", dtype: np.dtype, capability: str) -> bool:
-    rows = g.batch * g.height * g.width * (g.channels // run_length(g))
+def _covers(g: ConvGeometry, dtype: np.dtype, capability: str) -> bool:
+    rows = g.batch * g.height * g.width * (g.channels // g.run_length)
     most = INT32_MAX - _cuda.THREADS  # they count by int, up to a tile's end
     if max(rows, g.batch * g.positions) > most:
         return False
-    if is_depthwise(g):
+    if g.is_depthwise:
         blocks = max(g.offset_groups, g.out_channels // g.channels)
         fits = g.taps * _plan_bytes(4, dtype) <= DEPTHWISE_PLAN
-        return blocks <= GRID_MAX and g.out_channels * g.taps <= most and fits
+        return blocks <= _cuda.GRID_MAX and g.out_channels * g.taps <= most and fits
     blocks = max(g.offset_groups, g.out_channels)
-    return dtype != np.float64 and int(capability) >= TENSOR_CORES and blocks <= GRID_MAX
+    return dtype != np.float64 and int(capability) >= TENSOR_CORES and blocks <= _cuda.GRID_MAX
 
 
 def convolve(
-    g: "ConvGeometry",
+    g: ConvGeometry,
     x: Array,
     weight: Array,
     bias: Array | None,
@@ -179,22 +176,12 @@ def convolve(
 ) -> Array:
     """The output rows (N · Ho · Wo, O): of a deformable convolution if there is an ``offset``."""
     xp, dtype = array_module(x), x.dtype
-    run = _depthwise if is_depthwise(g) else _product
+    run = _depthwise if g.is_depthwise else _product
     bias = None if bias is None else xp.ascontiguousarray(bias)
     image = channels_last(x, dtype)
     y = xp.empty((g.batch * g.positions, g.out_channels), dtype)
     run(g, operands(image, offset, mask), image, weight, bias, offset, mask, y)
     return y
-
-
-def run_length(g: "ConvGeometry") -> int:
-    """Consecutive channels that share their samples and lie in one group of weights."""
-    return math.gcd(g.channels // g.groups, g.channels // g.offset_groups)
-
-
-def is_depthwise(g: "ConvGeometry") -> bool:
-    """Whether every channel is a group of weights of its own."""
-    return g.groups == g.channels > 1
 
 
 def strides(array: Array | View | None) -> Strides:
@@ -208,13 +195,13 @@ def strides(array: Array | View | None) -> Strides:
 
 
 def variant(
-    g: "ConvGeometry", itemsize: int, terms: int, corners: int, processors: int, shared: int
+    g: ConvGeometry, itemsize: int, terms: int, corners: int, processors: int, shared: int
 ) -> Variant:
     """How to compute a convolution on a GPU of so many processors, of so much shared memory each.
 
     ``terms`` is 3 for float32 as three products of TF32, else 1.
     """
-    depth, outs, run = g.channels // g.groups, g.out_channels // g.groups, run_length(g)
+    depth, outs, run = g.channels // g.groups, g.out_channels // g.groups, g.run_length
     unit = UNIT_BYTES // itemsize
     lanes = next(n for n in (1, 2, 4) if n * unit >= run or n == STEP_UNITS)
     samples = STEP_UNITS // lanes
@@ -270,9 +257,9 @@ class Product(NamedTuple):
 
 
 @functools.lru_cache(maxsize=CALLS)
-def product_plan(g: "ConvGeometry", o: Operands, weight: View) -> Product:
+def product_plan(g: ConvGeometry, o: Operands, weight: View) -> Product:
     """The launches of a convolution on tensor cores."""
-    v = variant(g, o.dtype.itemsize, o.terms, o.corners, o.processors, o.shared)
+    v = variant(g, o.dtype.itemsize, o.terms, o.corners, o.multiprocessors, o.shared)
     layout, parts = v.layout, v.grid[2]
     units = (v.grid[1] * layout.steps + 1) * v.stage  # with a step of zeros behind the last one
     size = g.batch * g.positions * g.out_channels
@@ -286,13 +273,13 @@ def product_plan(g: "ConvGeometry", o: Operands, weight: View) -> Product:
         samples=(g.groups * layout.slots * layout.samples, 4),
         parts=parts,
         pack_weights=kernel(
-            "pack_weights", (-(-units // 256),), (256,), strides(weight), g, layout, units
+            "pack_weights", *_cuda.threads(units), strides(weight), g, layout, units
         ),
         multiply=kernel(
             "fused_conv", v.grid, (32, v.warps),
             g, layout, o.offset_strides, o.mask_strides, shared=v.shared,
         ),
-        add_parts=kernel("add_parts", (-(-size // 256),), (256,), size, g.out_channels, parts),
+        add_parts=kernel("add_parts", *_cuda.threads(size), size, g.out_channels, parts),
     )  # fmt: skip
 
 
@@ -313,7 +300,7 @@ def _product(g, o, image, weight, bias, offset, mask, y):
 
 
 @functools.lru_cache(maxsize=CALLS)
-def depthwise_launch(g: "ConvGeometry", o: Operands) -> _cuda.Launch:
+def depthwise_launch(g: ConvGeometry, o: Operands) -> _cuda.Launch:
     """The launch that computes a convolution with one channel per group."""
     outs, depth = g.out_channels // g.channels, g.channels // g.offset_groups
     sample = _plan_bytes(o.corners, o.dtype)
@@ -331,10 +318,10 @@ def _depthwise(g, o, image, weight, bias, offset, mask, y):
     depthwise_launch(g, o)(image, offset, mask, by_tap(g, weight), bias, y)
 
 
-def by_tap(g: "ConvGeometry", weight: Array) -> Array:
+def by_tap(g: ConvGeometry, weight: Array) -> Array:
     """The weights of one channel per group as (O // C, taps, C), copied: the copy is aligned."""
-    seen = weight.reshape(g.channels, g.out_channels // g.channels, g.taps).transpose(1, 2, 0)
-    return seen.copy(order="C")
+    turned = weight.reshape(g.channels, g.out_channels // g.channels, g.taps).transpose(1, 2, 0)
+    return turned.copy(order="C")
 
 
 def _plan_bytes(corners: int, dtype: np.dtype) -> int:

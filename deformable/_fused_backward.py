@@ -8,23 +8,23 @@ cut into pieces for them, as ``_fused.py`` does for the forward.
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from deformable import _cuda, _fused
 from deformable._array import CALLS, Array, array_module, compute_dtype
+from deformable._conv import Chunk, ConvGeometry, sum_rows
 from deformable._fused import Operands, View, strides, view
 
-if TYPE_CHECKING:
-    from deformable.conv import Chunk, ConvGeometry
-
 WORKSPACE_BYTES = 128 << 20  # of partial sums alive on a GPU
-STAGE = 16  # positions that a block gathers at once
+WEIGHT_WARPS = 8  # of a block for the gradient of the weights
 UNITS = 16  # of 16 bytes, of columns of a tile
+STAGE = 32 * WEIGHT_WARPS // UNITS  # positions that a block gathers at once, a thread one unit
 PLANS = 512  # samples that a block plans at once, at most
 LEAST_STAGES = 16  # of a block where sums are split
-TILE_M = 128  # positions of a tile of columns
+COLUMN_WARPS = 4  # of a block for the gradients of columns
+TILE_M = 32 * COLUMN_WARPS  # positions of a tile of columns
 BLOCKS = 8  # of a multiprocessor, among which sums of one channel per group are split
 
 
@@ -88,20 +88,18 @@ class ColumnVariant(NamedTuple):
 
 
 @functools.lru_cache(maxsize=CALLS)
-def rows_plan(
-    g: "ConvGeometry", dtype: np.dtype, terms: int
-) -> tuple[tuple[int, int], _cuda.Launch]:
+def rows_plan(g: ConvGeometry, dtype: np.dtype, terms: int) -> tuple[tuple[int, int], _cuda.Launch]:
     """The shape of the packed rows, and the launch that packs them."""
     unit, outs = _fused.UNIT_BYTES // dtype.itemsize, g.out_channels // g.groups
     out_units = -(-outs // unit)
     units = g.batch * g.positions * g.groups * out_units
     return (units, unit), _cuda.Launch(
-        "fused_gradient_rows.cu", "pack_rows", (-(-units // 256),), (256,), outs, out_units, units,
+        "fused_gradient_rows.cu", "pack_rows", *_cuda.threads(units), outs, out_units, units,
         DTYPE=dtype, INDEX="int", VEC=unit, TERMS=terms,
     )  # fmt: skip
 
 
-def pack_rows(g: "ConvGeometry", o: Operands, grad_y: Array) -> Array:
+def pack_rows(g: ConvGeometry, o: Operands, grad_y: Array) -> Array:
     """The gradient of the output rows (N · Ho · Wo, O), in whole units of 16 bytes of every group.
 
     It is a copy only if it must be: where groups do not end with a unit, or for TF32, rounded.
@@ -117,13 +115,13 @@ def pack_rows(g: "ConvGeometry", o: Operands, grad_y: Array) -> Array:
 
 
 def weight_variant(
-    g: "ConvGeometry", itemsize: int, terms: int, corners: int, processors: int, limit: int
+    g: ConvGeometry, itemsize: int, terms: int, corners: int, processors: int, limit: int
 ) -> WeightVariant:
     """How to compute the gradient of the weights on a GPU of so many processors.
 
     Not more than ``limit`` bytes of partial sums are alive.
     """
-    outs, run = g.out_channels // g.groups, _fused.run_length(g)
+    outs, run = g.out_channels // g.groups, g.run_length
     unit = _fused.UNIT_BYTES // itemsize
     run_units = -(-run // unit)
     samples = g.channels // g.groups // run * g.taps
@@ -166,13 +164,13 @@ class WeightGradient(NamedTuple):
 
 
 @functools.lru_cache(maxsize=CALLS)
-def weight_plan(g: "ConvGeometry", o: Operands, limit: int) -> WeightGradient:
+def weight_plan(g: ConvGeometry, o: Operands, limit: int) -> WeightGradient:
     """The launches for the gradient of the weights, with at most ``limit`` bytes of its parts."""
-    v = weight_variant(g, o.dtype.itemsize, o.terms, o.corners, o.processors, limit)
+    v = weight_variant(g, o.dtype.itemsize, o.terms, o.corners, o.multiprocessors, limit)
     kernel = functools.partial(
         _cuda.Launch, "fused_weight_gradient.cu",
         TERMS=o.terms, TILE_O=v.tile_o, VEC=math.gcd(v.layout.run, o.vector),
-        **o.macros,
+        WARPS=WEIGHT_WARPS, UNITS=UNITS, PLANS=PLANS, **o.macros,
     )  # fmt: skip
     size = g.out_channels * (g.channels // g.groups) * g.taps
 
@@ -180,10 +178,10 @@ def weight_plan(g: "ConvGeometry", o: Operands, limit: int) -> WeightGradient:
         tiles = min(v.tiles_at_once, v.tiles - first)
         return (
             kernel(
-                "weight_gradient", (tiles, v.parts), (256,),
+                "weight_gradient", (tiles, v.parts), (32 * WEIGHT_WARPS,),
                 g, v.layout, o.offset_strides, o.mask_strides, first, shared=v.shared,
             ),
-            kernel("add_parts", (-(-size // 256),), (256,), g, v.layout, first, tiles, v.parts),
+            kernel("add_parts", *_cuda.threads(size), g, v.layout, first, tiles, v.parts),
         )  # fmt: skip
 
     return WeightGradient(
@@ -193,7 +191,7 @@ def weight_plan(g: "ConvGeometry", o: Operands, limit: int) -> WeightGradient:
 
 
 def weight_gradient(
-    g: "ConvGeometry",
+    g: ConvGeometry,
     o: Operands,
     grad_y: Array,
     image: Array,
@@ -201,7 +199,7 @@ def weight_gradient(
     offset: Array | None = None,
     mask: Array | None = None,
 ) -> Array:
-    """The gradient of ``weight``, given that of the result as :func:`pack_rows` answers it.
+    """The gradient of ``weight``, given that of the result as :func:`pack_rows` returns it.
 
     ``image`` is (N, H, W, C); the convolution is deformable if there is an ``offset``.
     """
@@ -215,10 +213,10 @@ def weight_gradient(
 
 
 def column_variant(
-    g: "ConvGeometry", itemsize: int, terms: int, processors: int, count: int
+    g: ConvGeometry, itemsize: int, terms: int, processors: int, count: int
 ) -> ColumnVariant:
     """How to compute the gradients of ``count`` positions on a GPU of so many processors."""
-    outs, run = g.out_channels // g.groups, _fused.run_length(g)
+    outs, run = g.out_channels // g.groups, g.run_length
     unit = _fused.UNIT_BYTES // itemsize
     run_units = -(-run // unit)
     tile_n = 32 if 4 * run_units * unit <= 32 else 64  # narrow where 4 samples fit into it
@@ -251,18 +249,18 @@ def column_variant(
 
 @functools.lru_cache(maxsize=CALLS)
 def packing_plan(
-    g: "ConvGeometry", o: Operands, weight: View
+    g: ConvGeometry, o: Operands, weight: View
 ) -> tuple[tuple[int, int], _cuda.Launch]:
     """The shape of the packed weights, and the launch that packs them."""
-    v = column_variant(g, o.dtype.itemsize, o.terms, o.processors, 0)
+    v = column_variant(g, o.dtype.itemsize, o.terms, o.multiprocessors, 0)
     units = (v.stages + 1) * v.stage  # with a step of zeros behind the last one
     return (units, 4), _column_kernel(o, v)(
-        "pack_weights", (-(-units // 256),), (256,), strides(weight), g, v.layout, units
+        "pack_weights", *_cuda.threads(units), strides(weight), g, v.layout, units
     )
 
 
 @functools.lru_cache(maxsize=CALLS)
-def column_launch(g: "ConvGeometry", o: Operands, chunk: "Chunk") -> _cuda.Launch:
+def column_launch(g: ConvGeometry, o: Operands, chunk: Chunk) -> _cuda.Launch:
     """The launch that computes the gradients of columns and samples, for a chunk of positions.
 
     Its arrays: the gradient of the result, from :func:`pack_rows`, the image (N, H, W, C), offsets,
@@ -270,7 +268,7 @@ def column_launch(g: "ConvGeometry", o: Operands, chunk: "Chunk") -> _cuda.Launc
     the columns of these positions, as in ``cuda/conv.cuh``, of all offsets
     (N · Ho · Wo, G, taps, 2) and of all masks (N · Ho · Wo, G, taps).
     """
-    v = column_variant(g, o.dtype.itemsize, o.terms, o.processors, chunk.size)
+    v = column_variant(g, o.dtype.itemsize, o.terms, o.multiprocessors, chunk.size)
     return _column_kernel(o, v)(
         "column_gradient", v.grid, (TILE_M,),
         g, v.layout, o.offset_strides, o.mask_strides, chunk.first, chunk.size, shared=v.shared,
@@ -281,11 +279,11 @@ def _column_kernel(o: Operands, v: ColumnVariant) -> Callable[..., _cuda.Launch]
     return functools.partial(
         _cuda.Launch, "fused_column_gradient.cu",
         TERMS=o.terms, TILE_N=v.tile_n, VEC=math.gcd(v.layout.run, o.vector),
-        **o.macros,
+        WARPS=COLUMN_WARPS, **o.macros,
     )  # fmt: skip
 
 
-def pack_weights(g: "ConvGeometry", o: Operands, weight: Array) -> Array:
+def pack_weights(g: ConvGeometry, o: Operands, weight: Array) -> Array:
     """The weights as :func:`column_launch` reads them."""
     shape, pack = packing_plan(g, o, view(weight))
     packed = array_module(weight).empty(shape, np.uint32)
@@ -298,7 +296,7 @@ def pack_weights(g: "ConvGeometry", o: Operands, weight: Array) -> Array:
 
 @functools.lru_cache(maxsize=CALLS)
 def depthwise_plan(
-    g: "ConvGeometry", o: Operands, vector: int
+    g: ConvGeometry, o: Operands, vector: int
 ) -> tuple[tuple[int, int], _cuda.Launch]:
     """The shape of the parts of the gradient of the weights, and the launch that adds them up."""
     depth, positions = g.channels // g.offset_groups, g.batch * g.positions
@@ -306,7 +304,7 @@ def depthwise_plan(
     lanes, rows = _cuda.row_block(depth // vec)
     slabs = -(-depth // (lanes * vec))
     blocks = g.offset_groups * slabs * (g.out_channels // g.channels) * g.taps
-    most = min(positions // _cuda.THREADS, BLOCKS * o.processors // blocks)
+    most = min(positions // _cuda.THREADS, BLOCKS * o.multiprocessors // blocks)
     split = max(1, -(-positions // max(1, most)))
     parts = -(-positions // split)
     return (parts, g.out_channels * g.taps), _cuda.Launch(
@@ -315,18 +313,17 @@ def depthwise_plan(
     )  # fmt: skip
 
 
-def depthwise_parts(
-    g: "ConvGeometry",
+def depthwise_weight_gradient(
+    g: ConvGeometry,
     o: Operands,
     grad_y: Array,
     image: Array,
+    weight: Array,
     offset: Array | None = None,
     mask: Array | None = None,
 ) -> Array:
-    """The gradients (parts, O · taps) of the weights by parts of the positions."""
-    xp, sums = array_module(image), compute_dtype(image.dtype)
-    vector = _cuda.vector_width(o.vector, grad_y)
-    shape, add_up = depthwise_plan(g, o, vector)
-    parts = xp.empty(shape, sums)
+    """The gradient of ``weight``, given that of the output rows (N · Ho · Wo, O)."""
+    shape, add_up = depthwise_plan(g, o, _cuda.vector_width(o.vector, grad_y))
+    parts = array_module(image).empty(shape, compute_dtype(image.dtype))
     add_up(grad_y, image, offset, mask, parts)
-    return parts
+    return sum_rows(parts, weight.dtype).reshape(weight.shape)

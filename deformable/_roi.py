@@ -327,15 +327,15 @@ class Runs(NamedTuple):
         weight = _moved(right, 1) + (samples - right)
         weight += np.where(at == 0, run.inner - run.first, 0)
         weight += np.where(at == run.size - 1, run.end - run.outer, 0)
-        seen = (weight != 0) | (slope != 0) if slopes else weight != 0
-        seen &= (step >= 0) & (step < run.pixels)
-        length = np.bincount(owner[seen], minlength=len(reach))
+        counts = (weight != 0) | (slope != 0) if slopes else weight != 0
+        counts &= (step >= 0) & (step < run.pixels)
+        length = np.bincount(owner[counts], minlength=len(reach))
         return Taps(
             np.cumsum(length) - length,
             length,
-            at[seen].astype(np.int64),
-            weight[seen].astype(dtype),
-            slope[seen].astype(dtype) if slopes else None,
+            at[counts].astype(np.int64),
+            weight[counts].astype(dtype),
+            slope[counts].astype(dtype) if slopes else None,
         )
 
 
@@ -352,9 +352,8 @@ def make_runs(
     # definition computes them
     direction = np.where(extent < 0, np.int8(-1), np.int8(1))
     phase = rule.phase + np.where(extent < 0, total - 1, 0)
-    run = Runs(
-        start, extent, total, size, phase, start, start, start, start, start, start, direction
-    )
+    unknown = (start,) * 6  # of which `before` looks at none
+    run = Runs(start, extent, total, size, phase, *unknown, direction)
     first = run.before(-rule.margin)
     end = run.before(np.nextafter(size - 1 + rule.margin, np.inf))
     inner = np.clip(run.before(0), first, end)
@@ -658,7 +657,14 @@ def macros(g: RoIGeometry, dtype: np.dtype, vec: int = 1, rows: int = 1) -> dict
 
 
 def _macros(dtype: np.dtype, vec: int = 1, rows: int = 1, index: str = "int") -> dict[str, Any]:
-    return {"DTYPE": dtype, "VEC": vec, "INDEX": index, "ROWS": rows, "COLUMNS": TILE_WIDTH}
+    return {
+        "DTYPE": dtype,
+        "VEC": vec,
+        "INDEX": index,
+        "ROWS": rows,
+        "COLUMNS": TILE_WIDTH,
+        "TILE": TILE,
+    }
 
 
 def bins_launch(

@@ -31,8 +31,7 @@ from deformable._array import (
     specs,
 )
 from deformable._bilinear import bordered, locate, without_border
-from deformable._fused import Operands
-from deformable.conv import (
+from deformable._conv import (
     Chunk,
     ConvGeometry,
     blocks,
@@ -43,7 +42,6 @@ from deformable.conv import (
     columns_from_groups,
     conv_geometry,
     conv_grid,
-    depthwise_weight_gradient,
     gradient_rows,
     image_rows,
     index_type,
@@ -53,6 +51,7 @@ from deformable.conv import (
     unpack_weight,
     unpacked,
 )
+from deformable._fused import Operands
 
 SAMPLES = 64  # planned together by a block of threads
 LISTED_BYTES = 40  # of a sample on a GPU: in a chain and in a list, and at most four double weights
@@ -246,7 +245,7 @@ def _gradients(x, offset, mask, wanted, grad_image, grad_offset, grad_weight, gr
 
 
 def _sampler(g, offset, mask, dtype):
-    """A function that answers the samples, and their masks, of some taps of a block of positions.
+    """A function that returns the samples, and their masks, of some taps of a block of positions.
 
     Samples are in the order of the columns: (image, row, column, tap, offset group).
     """
@@ -390,7 +389,7 @@ def _cuda_backward(g, grad_y, x, offset, weight, mask, wanted):
         if wanted - {"bias"}:
             fill = _column_gradients
             if _fused.covers(g, x):
-                fill = _depthwise_gradients if _fused.is_depthwise(g) else _fused_gradients
+                fill = _depthwise_gradients if g.is_depthwise else _fused_gradients
             image, out = channels_last(x, x.dtype), (grad_image, grad_offset, grad_mask)
             o = _fused.operands(image, offset, mask)
             grad_weight = fill(g, o, grad, image, offset, weight, mask, "weight" in wanted, out)
@@ -400,7 +399,7 @@ def _cuda_backward(g, grad_y, x, offset, weight, mask, wanted):
 
 
 def _fused_gradients(g, o, grad, image, offset, weight, mask, weight_wanted, out):
-    """Fill in gradients, and answer the weight's: columns are made, or used up, in registers."""
+    """Fill in gradients, and return the weight's: columns are made, or used up, in registers."""
     xp, grad_weight = array_module(image), None
     grad_image, grad_offset, grad_mask = out
     of_image, of_samples = grad_image is not None, grad_offset is not None
@@ -446,7 +445,7 @@ def _depthwise_gradients(g, o, grad, image, offset, weight, mask, weight_wanted,
             image_gradient(offset, mask, grad, by_tap, grad_image)
     if not weight_wanted:
         return None
-    return depthwise_weight_gradient(g, o, grad, image, weight, offset, mask)
+    return _fused_backward.depthwise_weight_gradient(g, o, grad, image, weight, offset, mask)
 
 
 def _column_gradients(g, o, grad, image, offset, weight, mask, weight_wanted, out):
@@ -477,7 +476,7 @@ def _chunks(g, like):
 
 
 def _kernel(g, o, file, **macros):
-    """A function that answers launches of this file."""
+    """A function that returns launches of this file."""
     return functools.partial(
         _cuda.Launch, file,
         DTYPE=o.dtype, INDEX=index_type(g),
@@ -555,10 +554,10 @@ def _image_gradient(
         samples,
         cells,
         kernel(
-            "link_samples", (-(-samples // _cuda.THREADS),), (_cuda.THREADS,),
+            "link_samples", *_cuda.threads(samples),
             g, o.offset_strides, o.mask_strides, images.start, first, count,
         ),
-        kernel("list_samples", (-(-cells // _cuda.THREADS),), (_cuda.THREADS,), samples, cells),
+        kernel("list_samples", *_cuda.threads(cells), samples, cells),
         kernel(
             "image_gradient", (-(-len(images) * g.height * g.width // rows),), (lanes, rows),
             g, len(images), images.start, first, count,

@@ -5,9 +5,9 @@ import pytest
 from numpy.testing import assert_array_equal
 
 import deformable
-from deformable import _fused, conv2d, conv2d_backward
+from deformable import _conv, _fused, conv2d, conv2d_backward
 from deformable._array import FLOATS
-from deformable.conv import Chunk, ConvGeometry, conv_geometry, index_type, sum_rows
+from deformable._conv import Chunk, ConvGeometry, conv_geometry, index_type, sum_rows
 from deformable.testing import check_backward
 from tests import reference
 from tests.arrays import host, on
@@ -82,8 +82,8 @@ def test_results_do_not_depend_on_the_size_of_blocks(limit, seed, xp, monkeypatc
     arrays = on(xp, arrays)
     y = conv2d(**arrays, **keywords)
     grads = conv2d_backward(y, **arrays, **keywords)
-    monkeypatch.setattr(deformable.conv, "BLOCK_BYTES", limit)
-    monkeypatch.setattr(deformable.conv, "CHUNK_BYTES", limit)
+    monkeypatch.setattr(_conv, "BLOCK_BYTES", limit)
+    monkeypatch.setattr(_conv, "CHUNK_BYTES", limit)
     pieces = conv2d_backward(y, **arrays, **keywords)
     assert np.abs(host(xp, conv2d(**arrays, **keywords) - y)).max() <= 1e-13
     for name in FIELDS:
@@ -170,7 +170,7 @@ def test_the_gradient_of_a_bias_is_the_sum_of_all_rows(shape, dtype, xp):
 @pytest.mark.parametrize("rows", [1, 65535**2, 65536**2, 1 << 40])
 def test_parts_of_rows_are_no_more_than_blocks_that_a_grid_has(rows):
     half = np.dtype(np.float16)
-    (parts, _), sum_parts, _ = deformable.conv._sum_plan((rows, 1), half, half)
+    (parts, _), sum_parts, _ = _conv._sum_plan((rows, 1), half, half)
     assert sum_parts.grid == (1, parts) and parts <= 65535
     split = int(sum_parts.values[2])
     assert (parts - 1) * split < rows <= parts * split

@@ -6,6 +6,7 @@ from numpy.testing import assert_array_equal
 
 import deformable
 from deformable import (
+    _conv,
     _fused,
     conv2d,
     conv2d_backward,
@@ -13,7 +14,7 @@ from deformable import (
     deform_conv2d_backward,
 )
 from deformable._bilinear import Samples
-from deformable.conv import Chunk, conv_geometry
+from deformable._conv import Chunk, conv_geometry
 from deformable.testing import check_backward, error_bound
 from tests import reference
 from tests.arrays import host, on
@@ -418,8 +419,8 @@ def test_results_do_not_depend_on_the_size_of_blocks(limit, xp, monkeypatch):
     arrays = on(xp, arrays)
     y = deform_conv2d(**arrays, **keywords)
     grads = deform_conv2d_backward(y, **arrays, **keywords)
-    monkeypatch.setattr(deformable.conv, "BLOCK_BYTES", limit)
-    monkeypatch.setattr(deformable.conv, "CHUNK_BYTES", limit)
+    monkeypatch.setattr(_conv, "BLOCK_BYTES", limit)
+    monkeypatch.setattr(_conv, "CHUNK_BYTES", limit)
     pieces = deform_conv2d_backward(y, **arrays, **keywords)
     assert np.abs(host(xp, deform_conv2d(**arrays, **keywords) - y)).max() <= 1e-13
     for name in FIELDS:

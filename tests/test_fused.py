@@ -259,8 +259,8 @@ def test_nothing_is_fetched_that_was_never_written(precision, order):
         backward = _fused_backward.pack_weights(g, o, weight)
     size = o.dtype.itemsize
     stages = (
-        (_fused.variant(g, size, o.terms, 4, o.processors, o.shared).stage, forward),
-        (_fused_backward.column_variant(g, size, o.terms, o.processors, 0).stage, backward),
+        (_fused.variant(g, size, o.terms, 4, o.multiprocessors, o.shared).stage, forward),
+        (_fused_backward.column_variant(g, size, o.terms, o.multiprocessors, 0).stage, backward),
     )
     for stage, packed in stages:
         assert not packed[-stage:].get().any() and packed[-2 * stage : -stage].get().any()

@@ -9,6 +9,7 @@ from numpy.testing import assert_array_equal
 
 import deformable
 from deformable import (
+    _conv,
     _fused,
     _fused_backward,
     conv2d,
@@ -156,7 +157,7 @@ def test_gradients_with_one_channel_per_group_are_made_in_pieces(
 ):
     """Of positions: of blocks that add up, of samples that are listed at once."""
     monkeypatch.setattr(_fused, "resources", lambda device: (4, 228 << 10))
-    monkeypatch.setattr(deformable.conv, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(_conv, "CHUNK_BYTES", 1 << 16)
     sizes = {"c": 4, "groups": 4, "o": 4, "h": 27, "w": 28, "n": 2}
     arrays, keywords = random_case(np.float32, **sizes)
     if operator is conv2d:
@@ -240,7 +241,7 @@ def test_little_memory_makes_more_pieces(operator, precision, order, launched, m
     check(operator, arrays, keywords, mode)
     once = list(launched)
     monkeypatch.setattr(_fused_backward, "WORKSPACE_BYTES", 1 << 16)
-    monkeypatch.setattr(deformable.conv, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(_conv, "CHUNK_BYTES", 1 << 16)
     launched.clear()
     check(operator, arrays, keywords, mode)
     for kernel in "weight_gradient", "column_gradient":
@@ -505,7 +506,7 @@ def test_memory_is_bounded_by_the_workspace(operator, monkeypatch):
 
     workspace = 1 << 18
     monkeypatch.setattr(_fused_backward, "WORKSPACE_BYTES", workspace)
-    monkeypatch.setattr(deformable.conv, "CHUNK_BYTES", workspace // 4)
+    monkeypatch.setattr(_conv, "CHUNK_BYTES", workspace // 4)
     monkeypatch.setattr(_fused, "resources", lambda device: (300, 228 << 10))
     sizes = {"c": 32, "h": 32, "w": 32, "o": 16, "kernel": (5, 5), "padding": 2}
     arrays, keywords = random_case(np.float16, **sizes)

@@ -11,7 +11,7 @@ import pytest
 import deformable
 from benchmarks import bench_cpu, bench_deform_conv
 from benchmarks.workloads import draw
-from deformable import _cuda, _fused, _roi, conv, nn
+from deformable import _conv, _cuda, _fused, _roi, nn
 from deformable._array import compute_dtype
 from tests.arrays import on
 from tests.conftest import HAVE_GPU
@@ -72,7 +72,7 @@ def library(request, monkeypatch):
 def test_peak_is_bounded_by_the_arrays_and_some_blocks(name, dtype, library, monkeypatch):
     xp, counter = library
     for size in "BLOCK_BYTES", "CHUNK_BYTES":
-        monkeypatch.setattr(deformable.conv, size, BLOCK)
+        monkeypatch.setattr(_conv, size, BLOCK)
     operator, rng = OPERATORS[name], np.random.default_rng(0)
     arrays = {k: rng.normal(size=shape).astype(dtype) for k, shape in SHAPES[name].items()}
     arrays = on(xp, arrays)
@@ -119,7 +119,7 @@ def test_peak_at_real_sizes_on_numpy(name):
     with counted_by_numpy() as backward:
         operator.backward(grad_y, **arrays, **case.keywords)
     size = grad_y.nbytes + sum(a.nbytes for a in arrays.values())
-    blocks = 4 * (_roi if "rois" in arrays else conv).BLOCK_BYTES
+    blocks = 4 * (_roi if "rois" in arrays else _conv).BLOCK_BYTES
     images = 0 if "rois" not in arrays else 2 * arrays["x"].nbytes
     assert forward[0] <= size + blocks
     assert backward[0] <= 2 * size + blocks + images

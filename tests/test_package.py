@@ -12,8 +12,8 @@ import pytest
 
 import deformable
 from deformable import _cuda
+from deformable._conv import ConvGeometry
 from deformable._roi import RoIGeometry, Rule
-from deformable.conv import ConvGeometry
 
 ROOT = Path(__file__).parent.parent
 CTYPES = {"int": "int32", "double": "float64"}

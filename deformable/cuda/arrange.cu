@@ -1,6 +1,6 @@
 // _arrange.py: channels that are seen together.
 //
-// Macros: DTYPE, FROM (of the array), INDEX, VEC.
+// Macros: DTYPE, FROM (of the array), INDEX, VEC, SIDE (pixels, and channels, of a block).
 #include "vector.cuh"
 
 // (N, C, H, W) arrays as rows (N, H, W, groups, classes, pitch): the depth channels of a group and
@@ -9,8 +9,6 @@ struct Layout {
   int images, channels, height, width, groups, depth, pitch;
   int64 step_image, step_channel, step_y, step_x;  // of the array, in elements
 };
-
-constexpr int SIDE = 32;
 
 // A block copies SIDE pixels x SIDE channels of one group: it reads along the pixels and writes along
 // the channels, each element once, and turns them in shared memory. What lies as (N, C, H, W) is read

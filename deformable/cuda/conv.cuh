@@ -1,4 +1,4 @@
-// Geometry of a convolution and the layout of its columns: twin of ConvGeometry in conv.py.
+// Geometry of a convolution and the layout of its columns: twin of ConvGeometry in _conv.py.
 #pragma once
 #include "vector.cuh"
 

@@ -24,8 +24,7 @@
 // 2 or 4 samples, taps that follow each other: a slot. Tiles go by slot, by run, through the run.
 //
 // Macros: DTYPE, TERMS, TILE_N, CORNERS (1: neither offsets nor masks), VEC (channels per load and
-// store), OFFSET, MASK.
-#define WARPS 4
+// store), OFFSET, MASK, WARPS.
 #include "fused_product.cuh"
 
 constexpr int TILE_M = 32 * WARPS, THREADS = 32 * WARPS;
@@ -93,7 +92,7 @@ struct alignas(16) SamplePlan {
 };
 
 // Plans a slot for one output position; only the thread's warp reads that. Taps behind the last one
-// repeat it, for nothing. Answers if all corners of all samples of the warp exist.
+// repeat it, for nothing. Returns if all corners of all samples of the warp exist.
 __device__ __forceinline__ bool plan_slot(const ConvGeometry& g, const Layout& l,
                                           const Places& places, int position, int first_tap,
                                           int offset_group, SamplePlan* own) {

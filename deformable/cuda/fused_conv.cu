@@ -136,7 +136,7 @@ union Cell {
 };
 constexpr int SAMPLE = (CORNERS == 1 ? 1 : 2) * TILE_M;  // cells
 
-// Plans samples for the thread's own output position; only its warp reads that. Answers a bit for each
+// Plans samples for the thread's own output position; only its warp reads that. Returns a bit for each
 // slot: all corners of all 32 positions of the warp lie inside.
 __device__ __forceinline__ u32 plan_slots(const ConvGeometry& g, const Layout& l,
                                           const Places& places, const OutputPixel& out,
@@ -182,7 +182,7 @@ __device__ __forceinline__ void gather(Unit (&seen)[ROWS][CORNERS], const char* 
 
 typedef float Sums[N8][2][4];  // of an n8 tile with 16 rows, twice
 
-// The tile's sums leave for y (positions, O), only infinite ones unless `all`. Answers if one is NaN.
+// The tile's sums leave for y (positions, O), only infinite ones unless `all`. Returns if one is NaN.
 __device__ __forceinline__ bool store(OUT* __restrict__ y, const T* __restrict__ bias,
                                       const Sums& sums, int position, int positions, int channels,
                                       int first, int last, bool all) {

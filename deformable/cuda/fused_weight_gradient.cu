@@ -25,14 +25,12 @@
 // Columns are counted in units: (run, tap, unit of the run), see fused_conv.cu for runs. A thread
 // gathers the same unit of columns for one position of every stage.
 //
-// Macros: DTYPE, TERMS, TILE_O, CORNERS, VEC (channels per load), OFFSET, MASK.
-#define WARPS 8
+// Macros: DTYPE, TERMS, TILE_O, CORNERS, VEC (channels per load), OFFSET, MASK, WARPS, UNITS (of the
+// columns of a tile), PLANS (samples that are planned at once, at most).
 #include "fused_product.cuh"
 
 constexpr int THREADS = 32 * WARPS;
-constexpr int UNITS = 16;               // of the columns of a tile
 constexpr int STAGE = THREADS / UNITS;  // positions: a thread gathers one unit
-constexpr int PLANS = 512;              // samples that are planned at once, at most
 constexpr int TILE_C = UNITS * UNIT;
 constexpr int WARPS_O = TILE_O == 128 ? 4 : 2, WARPS_C = WARPS / WARPS_O;
 constexpr int M16 = TILE_O / WARPS_O / 16, N16 = TILE_C / WARPS_C / 16;  // tiles of a warp

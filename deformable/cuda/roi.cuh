@@ -141,10 +141,8 @@ __device__ __forceinline__ Tap tap_of(const Run& run, int pixel, int size) {
   return tap;
 }
 
-// Where bins share runs a table has what the first TILE pixels of each run weigh, else it is null.
-constexpr int TILE = 16;
-
-// What the pixel so many steps after the first one weighs in the run of this number.
+// What the pixel so many steps after the first one weighs in the run of this number. Where bins share runs a
+// table has what the first TILE pixels of each run weigh, else it is null.
 __device__ __forceinline__ A weight_of(const Run* runs, const A* table, index_t number, int step,
                                        int size) {
   if (table && step < TILE) return table[static_cast<int64>(number) * TILE + step];
@@ -240,7 +238,7 @@ struct Weights {
 };
 
 // The lanes together list what a bin sees of a tile, half of a warp at most along each axis:
-// weigh(axis, place) answers for a pixel.
+// weigh(axis, place) returns for a pixel.
 template <class Weigh>
 __device__ __forceinline__ void list_weights(Weights& weights, Weigh weigh) {
   const unsigned half = (1u << TILE) - 1, lane = (threadIdx.y * blockDim.x + threadIdx.x) % 32;

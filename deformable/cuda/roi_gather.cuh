@@ -12,7 +12,7 @@ template <class Item> struct List {
   int found[8];
 };
 
-// Lists the items that are a hit and answers how many. All threads of the block take part; what was
+// Lists the items that are a hit and returns how many. All threads of the block take part; what was
 // in the list is overwritten when all of them are here.
 template <class Item>
 __device__ __forceinline__ int gather_hits(bool hit, const Item& item, List<Item>& list) {

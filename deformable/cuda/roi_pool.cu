@@ -6,7 +6,7 @@
 #include "roi_winner.cuh"
 
 // A thread row goes through one cell, its lanes through the channels: a read and a comparison for
-// every pixel, VEC channels at a time. Answers the largest value, or where it lies (roi_winner.cuh):
+// every pixel, VEC channels at a time. Returns the largest value, or where it lies (roi_winner.cuh):
 // two numbers per output, which the backward finds anew instead of keeping them.
 extern "C" __global__ void __launch_bounds__(256, 2)
     maximum(const T* __restrict__ image, const Run* __restrict__ runs,

@@ -1,9 +1,7 @@
-// conv.py: sums of the rows of a matrix, for gradients of biases and of parts of the positions.
+// _conv.py: sums of the rows of a matrix, for gradients of biases and of parts of the positions.
 //
-// Macros: DTYPE, OUT (of the sums), INDEX, VEC.
+// Macros: DTYPE, OUT (of the sums), INDEX, VEC, LANES (columns), ROWS (at a time).
 #include "vector.cuh"
-
-constexpr int LANES = 32, ROWS = 8;
 
 // A block adds up `split` rows of (count, columns), LANES columns of them, in a fixed order: its
 // thread rows take turns. Every element is read once. sums (parts, columns).
