@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_cpu [--threads 1] [--only A,B] [--output FILE]
 
-All contenders get the same C-contiguous (N, C, H, W) arrays; ours answers channels-last ones, as it
+All contenders get the same C-contiguous (N, C, H, W) arrays; ours returns channels-last ones, as it
 always does. What they compute is compared with our own in float64 before any time is taken. Then
 they are called in turns of 50 ms within one process. "products" is the bare matrix products that a
 convolution consists of: columns times weights, and for the backward the two products more, whole

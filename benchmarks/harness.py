@@ -30,7 +30,7 @@ LIMITS = {"float16": 5e-3, "bfloat16": 4e-2, "float32": 2e-5, "tf32": 5e-3, "flo
 class Contender(NamedTuple):
     """One implementation of a workload, ready to be called on arguments that it holds.
 
-    ``calls`` has a function per mode. FORWARD answers the result, BOTH a dict of the result "y"
+    ``calls`` has a function per mode. FORWARD returns the result, BOTH a dict of the result "y"
     and the gradients by the names of the arguments; ``numpy`` converts one array of them.
     """
 
@@ -137,7 +137,7 @@ def take_turns(
 ) -> dict[str, Times]:
     """Times of several contenders sampled in turns, so that a slow moment hits them all.
 
-    A sampler answers seconds per call. Every round has a sample of each and begins with another
+    A sampler returns seconds per call. Every round has a sample of each and begins with another
     one. Rounds go on for ``seconds``, and there are ``rounds`` of them at least.
     """
     names = list(samplers)

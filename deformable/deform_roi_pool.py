@@ -415,8 +415,8 @@ def _numpy_backward(function, g, rule, grad_y, x, rois, offset, mask, wanted):
     if "offset" in wanted:
         grad_offset = _sum_over_parts(g, box, along_y.reshape(per_bin), along_x.reshape(per_bin))
     grad_mask = of_mask.reshape(per_bin).sum(axis=3)
-    image = image_from_rows(grad_image, g)
-    return _gradients(x, offset, mask, wanted, image, grad_offset, grad_mask)
+    grad_x = image_from_rows(grad_image, g)
+    return _gradients(x, offset, mask, wanted, grad_x, grad_offset, grad_mask)
 
 
 def _sum_over_parts(g, box, along_y, along_x):

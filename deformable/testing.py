@@ -45,9 +45,9 @@ def check_backward(
     Parameters
     ----------
     f : callable
-        ``f(*args, **kwargs)`` answers an array.
+        ``f(*args, **kwargs)`` returns an array.
     f_backward : callable
-        ``f_backward(grad_y, *args, **kwargs)`` answers a NamedTuple of gradients whose fields are
+        ``f_backward(grad_y, *args, **kwargs)`` returns a NamedTuple of gradients whose fields are
         names of arguments of `f`.
     args, kwargs : sequence, mapping
         Arrays of numpy or cupy among other things. Floating-point ones are converted to float64;
@@ -55,7 +55,7 @@ def check_backward(
     rng : numpy.random.Generator, optional
         Draws ``grad_y`` and the directions.
     wrt : iterable of str, optional
-        Check only these gradients: passed on to `f_backward`, which must answer None for others.
+        Check only these gradients: passed on to `f_backward`, which must return None for others.
     one_sided : bool
         Look to the right only: for arguments on a kink whose right-hand derivative is meant.
     step : float

@@ -297,7 +297,7 @@ def sampling_points(
     Parameters
     ----------
     layers : Sampling or sequence of Sampling
-        The first layer first, as :func:`samplings` answers them.
+        The first layer first, as :func:`samplings` returns them.
     position : (2,) or (M, 2) array, optional
         Output positions (y, x) of the last layer; all of them by default.
     image : (H, W), (C, H, W) or (H, W, C) array, optional
@@ -545,7 +545,7 @@ def input_gradient(
     Parameters
     ----------
     net : nn.Layer
-        Answers (N, channels, Ho, Wo) or (N, channels).
+        Returns (N, channels, Ho, Wo) or (N, channels).
     x : (N, C, H, W) array
     position : (int, int), optional
         Output position (y, x); the one in the middle by default.
@@ -588,7 +588,7 @@ def effective_size(magnitude: np.ndarray) -> float:
     Parameters
     ----------
     magnitude : (H, W) array
-        As :func:`input_gradient` answers it.
+        As :func:`input_gradient` returns it.
 
     Examples
     --------

@@ -6,7 +6,7 @@
 tensor of the CPU and a NumPy array share their memory, and so do, by DLPack, a CUDA tensor and a
 CuPy array; the kernels run on the stream that PyTorch is on. This one function serves all operators
 because each has its gradients beside it: `f_backward` takes the gradient of the result and then the
-arguments of `f`, and answers the gradients under the names of these.
+arguments of `f`, and returns the gradients under the names of these.
 
 The script compares deformable convolution with torchvision's, where that is installed, and lets a
 small torch.nn network learn with it.

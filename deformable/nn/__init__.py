@@ -13,7 +13,7 @@
     optimizer.zero_grad()
 
 Images are (N, C, H, W); the layers keep the memory order of what comes, so channels-last arrays,
-which the convolutions answer, stay channels-last. Everything runs on NumPy and CuPy arrays.
+which the convolutions return, stay channels-last. Everything runs on NumPy and CuPy arrays.
 """
 
 from deformable.nn import distributed

@@ -156,7 +156,7 @@ class Dropout(Layer):
         return x * scale, backward
 
     def predict(self, x: Array) -> Array:
-        """Answer x."""
+        """Return x."""
         return x
 
 
@@ -268,7 +268,7 @@ class BatchNorm2d(Layer):
 
 
 def _product(a: Array, b: Array) -> Array:
-    """``a @ b`` in their dtype: NumPy answers float32 for bfloat16."""
+    """``a @ b`` in their dtype: NumPy returns float32 for bfloat16."""
     dtype = a.dtype
     if a.shape[0] == b.shape[1] == 1:  # which CuPy would make a sum of rounded products
         wide = compute_dtype(dtype)

@@ -215,7 +215,7 @@ class DeformConv2d(Conv2d):
         """Take over a trained convolution: afterwards this layer computes what ``conv`` does.
 
         The offsets start at zero. In a modulated layer the weights are doubled, which undoes the
-        factor 1/2 of an untrained mask. Answers the layer itself.
+        factor 1/2 of an untrained mask. Returns the layer itself.
 
         Raises
         ------

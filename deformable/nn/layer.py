@@ -1,4 +1,4 @@
-"""What every layer is: parameters, found by walking the attributes, and a call that answers
+"""What every layer is: parameters, found by walking the attributes, and a call that returns
 ``(y, backward)``.
 
     y, backward = layer(x)        # training form
@@ -8,7 +8,7 @@
 ``backward`` is a function nested in the call: it remembers what it differentiates, and the layer
 stores nothing. A layer may therefore stand in a network twice, or be called again before the
 first gradient went back. Arrays are replaced, never written into, so what :meth:`Layer.state`
-answers stays as it was while training goes on.
+returns stays as it was while training goes on.
 """
 
 import math
@@ -88,11 +88,11 @@ class Layer(Stateful):
     """Base of all layers: a subclass defines ``__call__``, and ``predict`` where it differs."""
 
     def __call__(self, *inputs: Any, **options: Any) -> tuple[Array, Backward]:
-        """Answer ``(y, backward)``; ``backward(grad_y)`` answers the gradients of the inputs."""
+        """Return ``(y, backward)``; ``backward(grad_y)`` returns the gradients of the inputs."""
         raise NotImplementedError
 
     def predict(self, *inputs: Any, **options: Any) -> Array:
-        """Answer ``y`` alone, in inference form."""
+        """Return ``y`` alone, in inference form."""
         return self(*inputs, **options)[0]
 
     def children(self) -> Iterator[tuple[str, Any]]:
@@ -121,7 +121,7 @@ class Layer(Stateful):
         return [buffer for buffer in self.buffers().values() if isinstance(buffer, Param)]
 
     def to(self, target: Any) -> Self:
-        """Move all arrays to ``numpy``, to ``cupy``, or to a ``cupy.cuda.Device``; answers itself.
+        """Move all arrays to ``numpy``, to ``cupy``, or to a ``cupy.cuda.Device``; returns itself.
 
         Move a network before an optimizer is made for its parameters.
         """

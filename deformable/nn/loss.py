@@ -1,4 +1,4 @@
-"""Losses: each answers ``(loss, grad)``, a scalar array and its gradient by the first argument.
+"""Losses: each returns ``(loss, grad)``, a scalar array and its gradient by the first argument.
 
 Means are taken in float32 at least and stay on the device: ``float(loss)`` is what reads them.
 """

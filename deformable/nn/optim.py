@@ -1,11 +1,13 @@
 """Optimizers, clipping, and schedules of the learning rate.
 
-optimizer = nn.SGD(net.params(), lr=0.1, momentum=0.9)
-for step in range(total):
-    ...                                     # gradients are gathered
-    optimizer.lr = nn.one_cycle(step, total, peak=0.1)
-    optimizer.step()
-    optimizer.zero_grad()
+A training takes steps:
+
+    optimizer = nn.SGD(net.params(), lr=0.1, momentum=0.9)
+    for step in range(total):
+        ...                                 # gradients are gathered
+        optimizer.lr = nn.one_cycle(step, total, peak=0.1)
+        optimizer.step()
+        optimizer.zero_grad()
 """
 
 import math

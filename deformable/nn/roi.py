@@ -1,6 +1,6 @@
 """Layers that pool regions of interest: ``y, backward = layer(x, rois)``.
 
-``backward(grad_y)`` answers ``(grad_x, None)``: RoIs have no gradient.
+``backward(grad_y)`` returns ``(grad_x, None)``: RoIs have no gradient.
 
 The deformable ones predict how far each bin of each RoI moves, as a part of the RoI's size (Dai et
 al. 2017, arXiv 1703.06211, Sec. 2.2): :class:`DeformRoIPool` from the RoI pooled once without
@@ -199,7 +199,7 @@ class _DeformPool(_Pool):
             param.lr_mult = offset_lr_mult
 
     def _moved(self, x: Array, rois: Array, maps: Array) -> tuple[Array, Backward]:
-        """Pool as the maps say; the backward answers the gradients of x and of the maps."""
+        """Pool as the maps say; the backward returns the gradients of x and of the maps."""
         offset, mask, maps_backward = split_offsets(maps, self.offset_channels, self.max_offset)
         mask = None if mask is None else mask[:, 0]
         y = self._pool(x, rois, offset, mask=mask, **self.options)
@@ -375,7 +375,7 @@ class DeformPSRoIPool(_DeformPool):
     ) -> tuple[Array, Backward]:
         """Pool the RoIs (K, 5) of x (N, C, H, W).
 
-        The offsets come from ``features`` (N, in_channels, H, W), of which ``backward`` answers
+        The offsets come from ``features`` (N, in_channels, H, W), of which ``backward`` returns
         the gradient too: ``(grad_x, None, grad_features)``. Without it they come from x.
         """
         maps, branch_backward = self._maps(x if features is None else features, rois)
