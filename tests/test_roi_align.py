@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from deformable import ps_roi_align, ps_roi_align_backward, roi_align, roi_align_backward
-from deformable.testing import check_backward
+from deformable.testing import check_backward, error_bound
 from tests import reference_roi as reference
 from tests.arrays import host, on
 from tests.golden_cases import check_golden, golden_cases
@@ -129,6 +129,24 @@ def test_zeros_outside_win_when_their_turn_comes(xp):
     have = roi_align_backward(xp.asarray(grad_y), xp.asarray(x), xp.asarray(rois), **arguments).x
     want = reference.pool_backward("roi_align", grad_y, x, rois, **arguments)["x"]
     assert np.abs(host(xp, have) - want).max() <= 1e-12 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_of_samples_that_differ_by_rounding_the_same_one_wins(dtype, xp):
+    """On images of one value all samples of a bin are that value, rounded."""
+    rng = np.random.default_rng(6)
+    x = np.empty((1, 40, 8, 9), dtype)
+    x[...] = rng.uniform(-1, 1, (40, 1, 1))
+    rois = np.concatenate(
+        [np.zeros((6, 1)), rng.uniform(1, 3, (6, 2)), rng.uniform(4, 6, (6, 2))], 1
+    )
+    arguments = {"output_size": 3, "sampling_ratio": 2, "mode": "max", "aligned": True}
+    y = roi_align(x, rois, **arguments)
+    want = roi_align_backward(np.ones_like(y), x, rois, **arguments).x
+    x, rois = xp.asarray(x), xp.asarray(rois)
+    assert_array_equal(host(xp, roi_align(x, rois, **arguments)), y)
+    have = roi_align_backward(xp.ones(y.shape, dtype), x, rois, **arguments).x
+    assert np.abs(host(xp, have) - want).max() <= error_bound(dtype, want.max(), terms=50)
 
 
 def test_ten_maxima_are_bitwise_equal(xp):

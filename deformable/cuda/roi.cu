@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
       const int64 part_x = static_cast<int64>(bin.x) * g.part_w / g.pooled_w;
       shift = offset[(channel * g.part_h + part_y) * g.part_w + part_x];
       // an infinite offset is far outside, also where gamma or the size of the RoI is 0
-      if (!isinf(shift)) shift *= g.gamma * length;
+      if (!isinf(shift)) shift = __dmul_rn(shift, __dmul_rn(g.gamma, length));
     }
     Run run = {nan("")};
     if (box.image >= 0) {

@@ -131,7 +131,7 @@ __device__ __forceinline__ Tap tap_of(const Run& run, int pixel, int size) {
   for (int side = 0; side < 2; ++side) {
     const double high = before(pixel + side), samples = high - low;
     const double fraction = run.position((low + high - 1) / 2) - (pixel - 1 + side);
-    const double right = samples * fraction;
+    const double right = __dmul_rn(samples, fraction);
     tap.weight += side ? samples - right : right;
     tap.slope += side ? -samples : samples;
     low = high;

@@ -118,18 +118,24 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 
 // ---- maxima
 
-// Where a sample lies along an axis: between `pixel` and the next one.
+// Where a sample lies along an axis, between `pixel` and the next one, and what these weigh.
 struct Place {
   int pixel;
-  A fraction;
+  A weight[2];
 };
 
 // The i-th of the samples that count, in the order of the definition.
 __device__ __forceinline__ Place place_of(const Run& run, int64 i, int size) {
   const double at = run.position(run.backwards ? run.end - 1 - i : run.first + i);
   const double inside = fmin(fmax(at, 0.), size - 1.);
-  return {static_cast<int>(floor(inside)), static_cast<A>(inside - floor(inside))};
+  const double fraction = inside - floor(inside);
+  return {static_cast<int>(floor(inside)), {static_cast<A>(1 - fraction), static_cast<A>(fraction)}};
 }
+
+// Products that are rounded before they are added, as in NumPy: where samples are equal but for their
+// rounding, that tells which of them is the largest.
+__device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
 
 // Whether the first sample, by the definition, is outside.
 __device__ __forceinline__ bool skips(const Run& run) {
@@ -180,15 +186,16 @@ extern "C" __global__ void __launch_bounds__(256, 2)
           const Place at_x = tables[threadIdx.y][j];
           Vector value = zero();
           for (int corner = 0; corner < 4; ++corner) {
-            const A weight = (corner & 2 ? at_y.fraction : 1 - at_y.fraction) *
-                             (corner & 1 ? at_x.fraction : 1 - at_x.fraction);
+            const A weight = at_y.weight[corner >> 1] * at_x.weight[corner & 1];
             if (weight == 0) continue;
-            add(value, weight, load(image + c + pixel_offset(g, image_index,
-                                                             at_y.pixel + (corner >> 1),
-                                                             at_x.pixel + (corner & 1), 0)));
+            const index_t pixel = pixel_offset(g, image_index, at_y.pixel + (corner >> 1),
+                                               at_x.pixel + (corner & 1), 0);
+            const Vector seen = load(image + c + pixel);
+#pragma unroll
+            for (int e = 0; e < VEC; ++e) value.value[e] += product(weight, seen.value[e]);
           }
-          winner.offer(value, at_y.pixel - along_y.pixel + at_y.fraction,
-                       at_x.pixel - along_x.pixel + at_x.fraction);
+          winner.offer(value, at_y.pixel - along_y.pixel + at_y.weight[1],
+                       at_x.pixel - along_x.pixel + at_x.weight[1]);
         }
       }
     }
