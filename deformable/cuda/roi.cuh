@@ -141,8 +141,8 @@ __device__ __forceinline__ Tap tap_of(const Run& run, int pixel, int size) {
   return tap;
 }
 
-// What the pixel so many steps after the first one weighs in the run of this number. Where bins share runs a
-// table has what the first TILE pixels of each run weigh, else it is null.
+// What the pixel so many steps after the first one weighs in the run of this number. Where bins share
+// runs a table has what the first TILE pixels of each run weigh, else it is null.
 __device__ __forceinline__ A weight_of(const Run* runs, const A* table, index_t number, int step,
                                        int size) {
   if (table && step < TILE) return table[static_cast<int64>(number) * TILE + step];
